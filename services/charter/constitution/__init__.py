@@ -1,0 +1,11 @@
+"""The written constitution: records, loading, comparing, importing."""
+
+from charter.constitution.model import (
+    Constitution,
+    CritiqueExample,
+    Phase,
+    PreferenceExample,
+    Principle,
+)
+
+__all__ = ["Constitution", "CritiqueExample", "Phase", "PreferenceExample", "Principle"]
