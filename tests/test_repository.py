@@ -41,7 +41,8 @@ def _text(path: Path) -> str:
 # Split, so that this file does not break its own rule.
 _HOSTS = [
     "py" + "pi.org", "python" + "hosted.org", "npm" + "js.org", "npm" + "js.com", "yarn" + "pkg.com",
-    "maven" + ".org", "maven" + ".apache.org", "proxy.go" + "lang.org", "crates" + ".io", "deb.deb" + "ian.org",
+    "maven" + ".org", "maven" + ".apache.org", "proxy.go" + "lang.org", "crates" + ".io",
+    "deb.deb" + "ian.org",
 ]  # fmt: skip
 _MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:" + "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me"]) + r")/\w")
 
@@ -64,7 +65,7 @@ def test_only_the_seed_weights_are_large() -> None:
     assert large == []
 
 
-# What may import what ---------------------------------------------------------------------------------------
+# What may import what -------------------------------------------------------------------------------------
 
 
 def _imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -129,7 +130,7 @@ def test_the_gateway_and_the_command_line_import_with_the_base_dependencies_alon
     assert done.stdout.startswith("imported")
 
 
-# What must be in step ---------------------------------------------------------------------------------------
+# What must be in step -------------------------------------------------------------------------------------
 
 
 def _declared() -> Iterator[Requirement]:
@@ -216,16 +217,22 @@ def test_source_files_stay_under_500_lines() -> None:
     long = [
         f"{path.relative_to(ROOT)}: {count}"
         for path in (*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py"))
-        if not path.name.endswith(("_pb2.py", "_pb2_grpc.py")) and (count := len(_text(path).splitlines())) > 500
+        if not path.name.endswith(("_pb2.py", "_pb2_grpc.py"))
+        and (count := len(_text(path).splitlines())) > 500
     ]
     assert long == []
 
 
-# What the documents say ----------------------------------------------------------------------------------------
+# What the documents say -----------------------------------------------------------------------------------
 
 
 def _documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").rglob("*.md")]
+    return [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "ARCHITECTURE.md",
+        *(ROOT / "docs").rglob("*.md"),
+    ]
 
 
 def _code(path: Path) -> str:

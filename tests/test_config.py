@@ -1,0 +1,133 @@
+"""The configuration loader: sources, precedence, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from charter.config import assignments, keys_of, load
+from charter.errors import ConfigError
+
+
+class Mode(enum.StrEnum):
+    OFF = "off"
+    GATED = "gated"
+
+
+@dataclass(frozen=True)
+class Limits:
+    rate: float = 5.0
+    burst: int = 10
+
+
+@dataclass(frozen=True)
+class Gateway:
+    port: int = 8080
+    mode: Mode = Mode.GATED
+    tls: bool = False
+    keys: Path | None = None
+    origins: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port {self.port} does not exist; take one from 0 to 65535")
+
+
+@dataclass(frozen=True)
+class Settings:
+    state: Path = Path(".charter")
+    gateway: Gateway = field(default_factory=Gateway)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "charter.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = _file(tmp_path, "gateway:\n  port: 1\n  limits: {rate: 2, burst: 3}\nstate: from-file\n")
+    settings = load(
+        Settings,
+        file=file,
+        environment={"CHARTER__GATEWAY__PORT": "4", "CHARTER__GATEWAY__LIMITS__BURST": "5"},
+        flags={"gateway.port": 6, "gateway.tls": None},
+    )
+    assert settings.gateway == Gateway(port=6, limits=Limits(rate=2.0, burst=5))
+    assert settings.state == Path("from-file")
+
+
+def test_values_are_read_by_the_type_of_their_field(tmp_path: Path) -> None:
+    file = _file(
+        tmp_path, "gateway: {mode: off, tls: yes, keys: k.json, origins: [a, b]}\nlabels: {team: red}\n"
+    )
+    settings = load(Settings, file=file)
+    assert settings.gateway.mode is Mode.OFF
+    assert settings.gateway.tls is True
+    assert settings.gateway.keys == Path("k.json")
+    assert settings.gateway.origins == ("a", "b")
+    assert settings.labels == {"team": "red"}
+    flags = load(Settings, flags=assignments(["gateway.origins=a, b", "gateway.keys=none"]))
+    assert flags.gateway.origins == ("a", "b")
+    assert flags.gateway.keys is None
+
+
+def test_what_kubernetes_puts_into_every_pod_is_not_mistaken_for_configuration() -> None:
+    environment = {"CHARTER_GATEWAY_PORT": "tcp://10.0.0.7:8080", "CHARTER_PORT": "tcp://10.0.0.8:1"}
+    assert load(Settings, environment=environment) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "gateway:\n  prot: 1\n",
+            r"charter.yaml:2: unknown key 'gateway.prot'; did you mean 'gateway.port'\?",
+        ),
+        ("port: 1\n", r"charter.yaml:1: unknown key 'port'; did you mean 'gateway.port'\?"),
+        ("gateway:\n  port: http\n", r"charter.yaml:2: gateway.port is 'http'; it must be a whole number"),
+        ("gateway:\n  port: 1.5\n", r"charter.yaml:2: gateway.port is 1.5; it must be a whole number"),
+        ("gateway:\n  port: true\n", r"charter.yaml:2: gateway.port is True; it must be a number"),
+        (
+            "gateway:\n  mode: gatd\n",
+            r"charter.yaml:2: gateway.mode is 'gatd'; did you mean 'gated'\? one of",
+        ),
+        ("gateway:\n  port: 70000\n", r"charter.yaml:1: port 70000 does not exist"),
+        ("gateway: 5\n", r"charter.yaml:1: gateway is a section; give its fields, not 5"),
+        ("gateway:\n  origins: a\n", r"charter.yaml:2: gateway.origins is 'a'; it must be a list"),
+        ("state: 7\n", r"charter.yaml:1: state is 7; it must be text"),
+        ("- a\n", r"charter.yaml:1: must hold keys and values"),
+        ("gateway: [\n", r"charter.yaml:\d: is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_line_key_and_remedy(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(Settings, file=_file(tmp_path, text))
+
+
+def test_wrong_environment_and_flags_are_named_as_such() -> None:
+    with pytest.raises(
+        ConfigError, match=r"\$CHARTER__GATEWAY__PRT: unknown key 'gateway.prt'; did you mean"
+    ):
+        load(Settings, environment={"CHARTER__GATEWAY__PRT": "1"})
+    with pytest.raises(ConfigError, match=r"option gateway.limits.rate: gateway.limits.rate is 'x'"):
+        load(Settings, flags={"gateway.limits.rate": "x"})
+    with pytest.raises(ConfigError, match=r"write it as section\.field=value"):
+        assignments(["gateway.port"])
+
+
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.yaml: cannot be read"):
+        load(Settings, file=tmp_path / "none.yaml")
+
+
+def test_every_key_can_be_listed() -> None:
+    assert [name for name, _ in keys_of(Settings)] == [
+        "state", "gateway.port", "gateway.mode", "gateway.tls", "gateway.keys", "gateway.origins",
+        "gateway.limits.rate", "gateway.limits.burst", "labels",
+    ]  # fmt: skip
