@@ -1,5 +1,6 @@
 """The written constitution: records, loading, comparing, importing."""
 
+from charter.constitution.loader import check, load
 from charter.constitution.model import (
     Constitution,
     CritiqueExample,
@@ -8,4 +9,4 @@ from charter.constitution.model import (
     Principle,
 )
 
-__all__ = ["Constitution", "CritiqueExample", "Phase", "PreferenceExample", "Principle"]
+__all__ = ["Constitution", "CritiqueExample", "Phase", "PreferenceExample", "Principle", "check", "load"]
