@@ -10,7 +10,8 @@
     │   ├── BackendUnavailable  … and may come back: retry, wait
     │   └── BackendUnsupported  … and never will: this backend lacks the ability
     ├── BusError                the log refused an operation
-    │   └── Fenced              another process took over this consumer's place
+    │   ├── Fenced              another process took over this consumer's place
+    │   └── MalformedMessage    a message on a topic that cannot be understood
     └── Overloaded              a bounded queue is full
 
 A message says what happened, to which thing, and what to do.
@@ -61,6 +62,10 @@ class BusError(CharterError):
 
 class Fenced(BusError):
     """Another process took over this consumer's place; stop working."""
+
+
+class MalformedMessage(BusError):
+    """A message on a topic cannot be understood; trying again will not help."""
 
 
 class Overloaded(CharterError):

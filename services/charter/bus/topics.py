@@ -1,0 +1,85 @@
+"""Topics as data: `topics.yaml` and its loader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from charter.bus.base import MAX_MESSAGE_BYTES, Cleanup, TopicSpec
+from charter.errors import ConfigError
+
+PROMPTS = "prompts"
+CONVERSATIONS = "conversations"
+ROLLOUTS = "rollouts"
+PREFERENCES = "preferences"
+REVISIONS = "revisions"
+CHECKPOINTS = "checkpoints"
+DEAD_LETTERS = "dead-letters"
+
+DEFAULT_FILE = Path(__file__).with_name("topics.yaml")
+
+_UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_FIELDS = {"partitions", "key", "message", "retention", "cleanup", "max_message_bytes"}
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,99}")
+
+
+def load_topics(path: Path = DEFAULT_FILE) -> tuple[TopicSpec, ...]:
+    """Reads a topics file. Raises `ConfigError` with file, topic, field and remedy."""
+    try:
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    topics = document.get("topics") if isinstance(document, dict) else None
+    if not isinstance(topics, dict) or not topics:
+        raise ConfigError(f"{path}: field 'topics' must map each topic's name to its settings")
+    return tuple(_topic(path, name, fields) for name, fields in topics.items())
+
+
+def _topic(path: Path, name: Any, fields: Any) -> TopicSpec:
+    where = f"{path}: topic {name!r}"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: a name is lower-case letters, digits and hyphens, at most 100")
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where}: settings must be a mapping with at least 'partitions'")
+    unknown = sorted(str(field) for field in fields.keys() - _FIELDS)
+    if unknown:
+        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; there are {', '.join(sorted(_FIELDS))}")
+    return TopicSpec(
+        name=name,
+        partitions=_positive(where, fields, "partitions", None),
+        key=str(fields.get("key", "")),
+        message=str(fields.get("message", "")),
+        retention_ms=_retention(where, fields.get("retention", "forever")),
+        cleanup=_cleanup(where, fields.get("cleanup", "delete")),
+        max_message_bytes=_positive(where, fields, "max_message_bytes", MAX_MESSAGE_BYTES),
+    )
+
+
+def _positive(where: str, fields: Mapping[str, Any], field: str, default: int | None) -> int:
+    value = fields.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: field {field!r} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def _retention(where: str, value: Any) -> int | None:
+    if value == "forever":
+        return None
+    match = re.fullmatch(r"(\d+)([smhd])", str(value))
+    if match is None or int(match[1]) < 1:
+        raise ConfigError(f"{where}: field 'retention' must read like 12h, 30d or forever, not {value!r}")
+    return int(match[1]) * _UNITS_MS[match[2]]
+
+
+def _cleanup(where: str, value: Any) -> Cleanup:
+    try:
+        return Cleanup(value)
+    except ValueError:
+        raise ConfigError(f"{where}: field 'cleanup' must be delete or compact, not {value!r}") from None
