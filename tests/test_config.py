@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from charter.config import assignments, keys_of, load
+from charter.config import Sources, assignments, keys_of, load
 from charter.errors import ConfigError
 
 
@@ -131,3 +131,23 @@ def test_every_key_can_be_listed() -> None:
         "state", "gateway.port", "gateway.mode", "gateway.tls", "gateway.keys", "gateway.origins",
         "gateway.limits.rate", "gateway.limits.burst", "labels",
     ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Common:
+    state: Path = Path(".charter")
+
+
+def test_a_sections_defaults_may_follow_from_the_top_level() -> None:
+    sources = Sources(flags={"state": "s", "gateway.port": 5})
+    common = sources.build(Common, beside={"gateway": Gateway})
+    defaults = {"keys": common.state / "keys", "port": 9}
+    assert sources.build(Gateway, "gateway", defaults=defaults) == Gateway(port=5, keys=Path("s/keys"))
+
+
+def test_a_key_at_the_wrong_level_is_refused_with_its_right_place() -> None:
+    sources = Sources(flags={"port": 5})
+    with pytest.raises(ConfigError, match=r"unknown key 'port'; did you mean 'gateway\.port'\?"):
+        sources.build(Common, beside={"gateway": Gateway})
+    with pytest.raises(ConfigError, match=r"unknown key 'gatway'; did you mean 'gateway'\?"):
+        Sources(flags={"gatway.port": 5}).build(Common, beside={"gateway": Gateway})

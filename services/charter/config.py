@@ -41,12 +41,46 @@ def load(
 
     Raises `ConfigError` with origin, key, and what to write instead.
     """
-    tree = _Node({}, "")
-    if file is not None:
-        tree = _merge(tree, _from_file(file))
-    tree = _merge(tree, _from_environment(environment or {}))
-    tree = _merge(tree, _from_flags(flags or {}))
-    return cast(T, _Builder(schema).build(tree))
+    return Sources(file=file, environment=environment, flags=flags).build(schema)
+
+
+class Sources:
+    """All that was configured, from which sections are built one after another.
+
+    For a configuration of several parts, where the defaults of one follow from another: first the top level
+    is built (`beside` names the sections that it skips), then each section, with the defaults that follow.
+    """
+
+    def __init__(
+        self,
+        *,
+        file: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        flags: Mapping[str, object] | None = None,
+    ) -> None:
+        tree = _from_file(file) if file is not None else _Node({}, "")
+        tree = _merge(tree, _from_environment(environment or {}))
+        self._tree = _merge(tree, _from_flags(flags or {}))
+
+    def build(
+        self,
+        schema: type[T],
+        section: str = "",
+        *,
+        defaults: Mapping[str, object] | None = None,
+        beside: Mapping[str, type] | None = None,
+    ) -> T:
+        """The dataclass of the top level, or of one section; `defaults` yield to everything configured."""
+        sections = dict(beside or {})
+        nodes = {key: node for key, node in self._tree.value.items() if key not in sections}
+        tree = _Node(nodes, self._tree.origin)
+        if section:
+            tree = self._tree.value.get(section, _Node({}, ""))
+        tree = _merge(_Node(_from_flags(defaults or {}, "default of").value, ""), tree)
+        known = [f"{name}.{key}" for name, part in sections.items() for key, _ in keys_of(part)]
+        return cast(
+            T, _Builder(section, [*(key for key, _ in keys_of(schema, section)), *known]).build(schema, tree)
+        )
 
 
 def assignments(items: tuple[str, ...] | list[str]) -> dict[str, object]:
@@ -120,11 +154,11 @@ def _from_environment(environment: Mapping[str, str]) -> _Node:
     return tree
 
 
-def _from_flags(flags: Mapping[str, object]) -> _Node:
+def _from_flags(flags: Mapping[str, object], origin: str = "option") -> _Node:
     tree = _Node({}, "")
     for name, value in flags.items():
         if value is not None:
-            tree = _merge(tree, _nested(name.split("."), _Node(value, f"option {name}")))
+            tree = _merge(tree, _nested(name.split("."), _Node(value, f"{origin} {name}")))
     return tree
 
 
@@ -138,14 +172,14 @@ def _nested(keys: list[str], leaf: _Node) -> _Node:
 
 
 class _Builder:
-    """Turns a tree into dataclasses; holds the root schema, whose keys are what suggestions come from."""
+    """Turns a tree into dataclasses; `known` is every key that a suggestion may name."""
 
-    def __init__(self, root: type) -> None:
-        self._root = root
-        self._known = [path for path, _ in keys_of(root)]
+    def __init__(self, section: str, known: list[str]) -> None:
+        self._section = section
+        self._known = known
 
-    def build(self, tree: _Node) -> Any:
-        return self._dataclass(self._root, tree, "")
+    def build(self, schema: type, tree: _Node) -> Any:
+        return self._dataclass(schema, tree, self._section)
 
     def _dataclass(self, schema: type, node: _Node, path: str) -> Any:
         if not isinstance(node.value, dict):
@@ -165,11 +199,14 @@ class _Builder:
                 )
         try:
             return schema(**given)
-        except ValueError as error:
-            raise ConfigError(f"{node.origin or path}: {error}") from error
+        except (ValueError, ConfigError) as error:
+            where = node.origin or path
+            raise ConfigError(f"{where}: {error}" if where else str(error)) from error
 
     def _unknown(self, origin: str, path: str, siblings: list[str]) -> ConfigError:
         parent, _, key = path.rpartition(".")
+        if not parent:
+            siblings = list(dict.fromkeys([*siblings, *(known.partition(".")[0] for known in self._known)]))
         near = [
             f"{parent}.{name}" if parent else name
             for name in difflib.get_close_matches(key, siblings, 1, 0.5)

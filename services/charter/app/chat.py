@@ -1,4 +1,4 @@
-"""`charter chat`: a conversation in the terminal over the OpenAI endpoint, with the verdict beneath each answer.
+"""`charter chat`: a conversation in the terminal over the OpenAI endpoint, each answer with its verdict.
 
 Everything that arrives is printed without its control characters, so that no answer can drive the terminal.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +123,7 @@ async def _answer(options: ChatOptions, messages: list[dict[str, str]], console:
                 console.print(Text(printable(event.text)), end="")
             verdict = event.verdict or verdict
     finally:
-        await events.aclose()  # type: ignore[attr-defined] - an async generator
+        await events.aclose()
     console.print()
     if verdict:
         console.print(Text(f"  {describe(verdict)}", style="dim"))
@@ -133,8 +133,8 @@ async def _answer(options: ChatOptions, messages: list[dict[str, str]], console:
 # The endpoint -----------------------------------------------------------------------------------------------
 
 
-async def ask(options: ChatOptions, messages: list[dict[str, str]]) -> AsyncIterator[Event]:
-    """Streams one answer. Raises `BackendUnavailable`, `BackendError` or `RequestError`, one sentence each."""
+async def ask(options: ChatOptions, messages: list[dict[str, str]]) -> AsyncGenerator[Event, None]:
+    """Streams one answer. Raises `BackendUnavailable`, `BackendError` or `RequestError`, each a sentence."""
     headers = {"authorization": f"Bearer {options.key}"} if options.key else {}
     if options.guard:
         headers["x-charter-guard"] = options.guard

@@ -49,7 +49,7 @@ def _refusal(host: str, port: int, error: OSError) -> str:
             "another with --port (make run PORT=...)"
         )
     if error.errno == errno.EACCES:
-        return f"port {port} needs rights that this user has not; take one above 1023 with --port (make run PORT=...)"
+        return f"port {port} needs rights that this user has not; take one above 1023 (make run PORT=...)"
     return f"cannot listen on {host}:{port} ({error.strerror}); give an address of this machine with --host"
 
 

@@ -73,8 +73,8 @@ class StateFolder:
             owner = _owner(lock)
             lock.close()
             raise ConfigError(
-                f"another Charter{owner} already runs its {target} on the state folder {self.path}; stop that "
-                "one, or name another folder with --state (make run STATE=...)"
+                f"another Charter{owner} already runs its {target} on the state folder {self.path}; stop "
+                "that one, or name another folder with --state (make run STATE=...)"
             ) from None
         self._locks.append(lock)
 
