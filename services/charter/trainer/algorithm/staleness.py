@@ -2,7 +2,8 @@
 
 The formula of AReaL (arXiv 2505.24298, section 5.1): by the time the trainer has reached the version at
 which the last of the accepted and running rollouts is trained on, that rollout is at most `max_staleness`
-versions old.
+versions old. The bound is exact where rollouts are trained on in the order in which they were begun; a
+rollout that is overtaken by others is older by as many versions as overtook it.
 """
 
 from __future__ import annotations
