@@ -8,12 +8,11 @@ thread of each bus gives its consumers' signs of life and enforces retention.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -35,10 +34,11 @@ from charter.bus.base import (
     is_for,
 )
 from charter.bus.messages import encode_dead_letter
-from charter.bus.topics import load_topics
+from charter.bus.topics import load_topics, plan_topics
 from charter.errors import BackendUnavailable, BusError, ConfigError, Fenced
+from charter.telemetry.logs import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _T = TypeVar("_T")
 
 
@@ -328,7 +328,7 @@ class SqliteConsumer:
                     _groups.leave(db, self.identity, self.options, time.monotonic())
             except BackendUnavailable:
                 _log.warning(
-                    "member %s could not leave group %s; its session will run out", self.member, self.group
+                    "could not leave; the session will run out", group=self.group, member=self.member
                 )
             finally:
                 self._store.close()
@@ -374,11 +374,11 @@ class SqliteConsumer:
             first = bounds[place.topic][place.partition].first
             if progress.next < first:
                 _log.warning(
-                    "group %s: %d messages of %s/%d expired before they were read",
-                    self.group,
-                    first - progress.next,
-                    place.topic,
-                    place.partition,
+                    "messages expired before they were read",
+                    group=self.group,
+                    topic=place.topic,
+                    partition=place.partition,
+                    lost=first - progress.next,
                 )
                 progress.committed = progress.next = first
 
@@ -440,7 +440,7 @@ class _Heart(threading.Thread):
                     next_housekeeping = time.monotonic() + self._bus.options.housekeeping_s
                     self._store.expire(_now_ms())
             except BackendUnavailable as error:
-                _log.warning("%s", error)
+                _log.warning("the log is unavailable", error=str(error))
             except BusError:
                 if not self._stopping:
                     _log.exception("the log's housekeeping failed and goes on")
@@ -466,29 +466,6 @@ class _Heart(threading.Thread):
         self._woken.set()
         self.join()
         self._store.close()
-
-
-def plan_topics(existing: dict[str, TopicSpec], specs: Sequence[TopicSpec]) -> list[TopicChange]:
-    """What has to change so that the topics are as `specs` say."""
-    changes: list[TopicChange] = []
-    for spec in specs:
-        now = existing.get(spec.name)
-        if now is None:
-            changes.append(TopicChange(spec.name, "create", f"{spec.partitions} partitions"))
-        elif now.partitions > spec.partitions:
-            detail = f"{now.partitions} partitions cannot become {spec.partitions}"
-            changes.append(TopicChange(spec.name, "refuse", detail))
-        elif now.partitions < spec.partitions:
-            detail = f"{now.partitions} to {spec.partitions}; keys move to other partitions"
-            changes.append(TopicChange(spec.name, "add partitions", detail))
-        elif now != spec:
-            changes.append(TopicChange(spec.name, "configure", _differences(now, spec)))
-    return changes
-
-
-def _differences(now: TopicSpec, spec: TopicSpec) -> str:
-    pairs = [(f.name, getattr(now, f.name), getattr(spec, f.name)) for f in fields(TopicSpec)]
-    return ", ".join(f"{name} {old} to {new}" for name, old, new in pairs if old != new)
 
 
 def _wait_for(attempt: Callable[[], list[_T]], store: _store.Store, timeout: float) -> list[_T]:

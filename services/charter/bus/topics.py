@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from charter.bus.base import MAX_MESSAGE_BYTES, Cleanup, TopicSpec
+from charter.bus.base import MAX_MESSAGE_BYTES, Cleanup, TopicChange, TopicSpec
 from charter.errors import ConfigError
 
 PROMPTS = "prompts"
@@ -40,6 +41,29 @@ def load_topics(path: Path = DEFAULT_FILE) -> tuple[TopicSpec, ...]:
     if not isinstance(topics, dict) or not topics:
         raise ConfigError(f"{path}: field 'topics' must map each topic's name to its settings")
     return tuple(_topic(path, name, fields) for name, fields in topics.items())
+
+
+def plan_topics(existing: dict[str, TopicSpec], specs: Sequence[TopicSpec]) -> list[TopicChange]:
+    """What has to change so that the topics are as `specs` say."""
+    changes: list[TopicChange] = []
+    for spec in specs:
+        now = existing.get(spec.name)
+        if now is None:
+            changes.append(TopicChange(spec.name, "create", f"{spec.partitions} partitions"))
+        elif now.partitions > spec.partitions:
+            detail = f"{now.partitions} partitions cannot become {spec.partitions}"
+            changes.append(TopicChange(spec.name, "refuse", detail))
+        elif now.partitions < spec.partitions:
+            detail = f"{now.partitions} to {spec.partitions}; keys move to other partitions"
+            changes.append(TopicChange(spec.name, "add partitions", detail))
+        elif now != spec:
+            changes.append(TopicChange(spec.name, "configure", _differences(now, spec)))
+    return changes
+
+
+def _differences(now: TopicSpec, spec: TopicSpec) -> str:
+    pairs = [(f.name, getattr(now, f.name), getattr(spec, f.name)) for f in fields(TopicSpec)]
+    return ", ".join(f"{name} {old} to {new}" for name, old, new in pairs if old != new)
 
 
 def _topic(path: Path, name: Any, fields: Any) -> TopicSpec:
