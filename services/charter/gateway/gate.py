@@ -1,0 +1,161 @@
+"""Takes a draft through the guard: asks the critic, lets `guard.decide` decide, until it ends."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from charter.constitution.model import Constitution
+from charter.gateway.critic import Assessed, Critic
+from charter.gateway.guard import (
+    Accept,
+    Attempt,
+    GuardMode,
+    GuardRules,
+    Principles,
+    Refuse,
+    Verdict,
+    decide,
+    in_doubt,
+)
+from charter.gateway.refusal import refusal
+from charter.lm.base import Conversation
+
+
+class Constitutions(Protocol):
+    """Where priorities, weights and categories come from (`principles.ConstitutionFile`)."""
+
+    @property
+    def current(self) -> Constitution:
+        """The constitution in force."""
+        ...
+
+    def principles(self, digest: str) -> Principles:
+        """Its principles, looked up again when the critic speaks of another digest."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Involved:
+    """A principle that put an attempt in doubt, or that a revision was asked for."""
+
+    id: str
+    before: float
+    """Probability that the draft breaks it."""
+    after: float | None
+    """Probability that the answer given breaks it; None for a refusal, which no model wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the guard made of a draft."""
+
+    verdict: Verdict
+    answer: str
+    rounds: int = 0
+    principles: tuple[Involved, ...] = ()
+    constitution_digest: str = ""
+    critic_version: str = ""
+    assess_seconds: float = 0.0
+    revise_seconds: float = 0.0
+
+
+class Gate:
+    """The guard at work, for any number of drafts at once."""
+
+    def __init__(self, critic: Critic, constitutions: Constitutions, rules: GuardRules) -> None:
+        self.critic = critic
+        self.constitutions = constitutions
+        self._rules = rules
+
+    async def observe(self, conversation: Conversation, answer: str) -> Outcome:
+        """Assesses an answer that is given whatever comes out."""
+        started = time.perf_counter()
+        assessed = await self.critic.assess(conversation, answer)
+        principles = self.constitutions.principles(assessed.constitution_digest)
+        doubtful = in_doubt(self._rules, principles, Attempt(answer, assessed.probabilities))
+        return Outcome(
+            Verdict.FLAGGED if doubtful else Verdict.PASSED,
+            answer,
+            0,
+            tuple(Involved(i, p := assessed.probabilities[i], p) for i in doubtful),
+            assessed.constitution_digest,
+            assessed.critic_version,
+            time.perf_counter() - started,
+        )
+
+    async def hold(
+        self, conversation: Conversation, draft: str, mode: GuardMode, seed: int | None
+    ) -> Outcome:
+        """Gives back only what passed: the draft, a revision, or the refusal."""
+        course = _Course(self, conversation, mode, self._rules)
+        return await course.run(draft, seed)
+
+
+class _Course:
+    """One draft's way through the gate."""
+
+    def __init__(self, gate: Gate, conversation: Conversation, mode: GuardMode, rules: GuardRules) -> None:
+        self._gate = gate
+        self._conversation = conversation
+        self._mode = mode
+        self._rules = rules
+        self._attempts: list[Attempt] = []
+        self._digest = ""
+        self._critic_version = ""
+        self._first: dict[str, float] = {}
+        self._seen: dict[str, None] = {}
+        self._assess_seconds = 0.0
+        self._revise_seconds = 0.0
+
+    async def run(self, draft: str, seed: int | None) -> Outcome:
+        await self._assess(draft, "")
+        self._first = dict(self._attempts[0].probabilities)
+        rounds = 0
+        while True:
+            principles = self._gate.constitutions.principles(self._digest)
+            for attempt in self._attempts:
+                self._seen.update(dict.fromkeys(in_doubt(self._rules, principles, attempt)))
+            step = decide(self._mode, self._rules, principles, self._attempts, rounds)
+            chosen = self._attempts[step.attempt]
+            if isinstance(step, Accept):
+                verdict = Verdict.REVISED if chosen.revised_by else Verdict.PASSED
+                return self._outcome(verdict, chosen.answer, rounds, chosen)
+            self._seen[step.principle_id] = None
+            if isinstance(step, Refuse):
+                language = self._gate.constitutions.current.language
+                answer = refusal(principles.get(step.principle_id), language)
+                return self._outcome(Verdict.REFUSED, answer, rounds, None)
+            started = time.perf_counter()
+            revision = await self._gate.critic.revise(
+                self._conversation, chosen.answer, step.principle_id, None if seed is None else seed + rounds
+            )
+            self._revise_seconds += time.perf_counter() - started
+            rounds += 1
+            await self._assess(revision, step.principle_id)
+
+    async def _assess(self, answer: str, revised_by: str) -> None:
+        started = time.perf_counter()
+        assessed: Assessed = await self._gate.critic.assess(self._conversation, answer)
+        self._assess_seconds += time.perf_counter() - started
+        if assessed.constitution_digest != self._digest:
+            # What an older constitution allowed is not accepted under the new one.
+            self._attempts.clear()
+            self._digest = assessed.constitution_digest
+        self._critic_version = assessed.critic_version
+        self._attempts.append(Attempt(answer, assessed.probabilities, revised_by))
+
+    def _outcome(self, verdict: Verdict, answer: str, rounds: int, accepted: Attempt | None) -> Outcome:
+        after = accepted.probabilities if accepted else {}
+        involved = tuple(Involved(i, self._first.get(i, 0.0), after.get(i)) for i in self._seen)
+        return Outcome(
+            verdict,
+            answer,
+            rounds,
+            involved,
+            self._digest,
+            self._critic_version,
+            self._assess_seconds,
+            self._revise_seconds,
+        )
