@@ -32,9 +32,9 @@ _PARTS = {
     "constitution": _Part("charter.constitution.cli", "Checks, shows, compares and imports constitutions."),
     "redteam": _Part("charter.redteam.cli", "Makes the revisions data set from prompts."),
     "keys": _Part("charter.gateway.cli", "Makes and lists API keys."),
-    "topics": _Part("charter.bus.cli", "Plans and creates the topics of the bus.", "topics"),
+    "topics": _Part("charter.bus.cli", "Plans and creates the topics of the bus.", "topics_app"),
     "dead-letters": _Part(
-        "charter.bus.cli", "Lists, shows and replays what could not be processed.", "dead_letters"
+        "charter.bus.cli", "Lists, shows and replays what could not be processed.", "dead_letters_app"
     ),
     "checkpoints": _Part("charter.registry.cli", "Lists, shows and compares checkpoints."),
     "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
@@ -72,9 +72,9 @@ def _loaded(name: str) -> Any:
     part = _PARTS[name]
     command = getattr(import_module(part.module), part.attribute)
     if not isinstance(command, typer.Typer):
-        holder = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        holder.command(name)(command)
-        command = holder
+        function, command = command, typer.Typer()
+        command.command(name)(function)
+    command._add_completion = False  # it would offer --install-completion below every sub-command
     click_command = typer.main.get_command(command)
     click_command.name = name
     return click_command
@@ -85,12 +85,6 @@ def _exists(module: str) -> bool:
         return util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-
-
-for _name, _part in _PARTS.items():
-    if _exists(_part.module):
-        # Only for the list of commands; `_LazyGroup` puts the real one in its place.
-        app.command(_name, help=_part.summary)(lambda: None)
 
 
 def _version(wanted: bool) -> None:
@@ -187,6 +181,12 @@ def chat(
 
     options = ChatOptions(url, key, model, guard, system, temperature, max_tokens)
     raise typer.Exit(run_chat(options))
+
+
+for _name, _part in _PARTS.items():
+    if _exists(_part.module):
+        # Only for the list of commands; `_LazyGroup` puts the real one in its place.
+        app.command(_name, help=_part.summary)(lambda: None)
 
 
 def main() -> None:

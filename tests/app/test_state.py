@@ -39,7 +39,7 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
         assert "STATE=" in str(refused.value)
         first.communicate()
     with StateFolder(tmp_path, ["policy", "gateway"]) as state:
-        assert state.bus == f"sqlite:{tmp_path}/bus.sqlite"
+        assert state.path == tmp_path
 
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:

@@ -1,61 +1,39 @@
-"""Listening sockets, bound before anything slow begins, so that a taken port is said at once."""
+"""Ports of servers that are told to each other before they listen."""
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import socket
+from dataclasses import replace
 
-from charter.errors import ConfigError
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+from charter.rpc import ServerConfig
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Raises `ConfigError` with what to do."""
-    bare = host.strip("[]")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            bare, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise ConfigError(
-            f"the host '{host}' is not an address of this machine ({error.strerror})"
-        ) from error
-    bound = socket.socket(family, kind, protocol)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(1024)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(_refusal(host, port, error)) from error
-    bound.setblocking(False)
-    return bound
+class PortReservations:
+    """Free ports that are kept from others until the servers that they are for begin to listen.
 
+    A gateway is told where the policy is before the policy has its weights. Until then a socket that is
+    bound, and does not listen, keeps the port: connections are refused, and nobody else can take it.
+    """
 
-def _refusal(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} on {host} is already taken, perhaps by another Charter; stop what has it, or take "
-            "another with --port (make run PORT=...)"
-        )
-    if error.errno == errno.EACCES:
-        return f"port {port} needs rights that this user has not; take one above 1023 (make run PORT=...)"
-    return f"cannot listen on {host}:{port} ({error.strerror}); give an address of this machine with --host"
+    def __init__(self) -> None:
+        self._held: dict[int, socket.socket] = {}
 
+    def settle(self, server: ServerConfig) -> ServerConfig:
+        """`server` with a port: a free one in place of 0."""
+        if server.port:
+            return server
+        held = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+        held.bind((server.host.strip("[]"), 0))
+        port = int(held.getsockname()[1])
+        self._held[port] = held
+        return replace(server, port=port)
 
-def url(host: str, port: int) -> str:
-    """How a browser on this machine writes the address."""
-    bare = host.strip("[]")
-    if bare in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        bare = "127.0.0.1"
-    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
+    def release(self, port: int) -> None:
+        """Lets the port go, right before its server listens; nothing happens where none is held."""
+        if held := self._held.pop(port, None):
+            held.close()
+
+    def close(self) -> None:
+        """Lets all go; safe to repeat."""
+        for port in list(self._held):
+            self.release(port)

@@ -25,11 +25,6 @@ class StateFolder:
         self._targets = sorted(targets)
         self._locks: list[IO[str]] = []
 
-    @property
-    def bus(self) -> str:
-        """URI of the embedded bus in this folder."""
-        return f"sqlite:{self.path / 'bus.sqlite'}"
-
     def __enter__(self) -> Self:
         folder = self.path / "locks"
         try:

@@ -1,0 +1,74 @@
+"""`charter run`: one or several services in one process and one event loop, from start to a clean stop.
+
+What can fail at once (a taken port or folder, a wrong setting, an unreadable constitution) fails before
+anything slow begins. The endpoint listens early; `/readyz` turns green when the models are loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from charter.app.ports import PortReservations
+from charter.app.screen import Screen
+from charter.app.services import Services
+from charter.app.settings import Deployment, read_common, read_deployment
+from charter.app.signals import StopSignal
+from charter.app.state import StateFolder
+from charter.config import Sources, assignments
+from charter.telemetry import logs
+
+
+def run_from_flags(flags: Mapping[str, object], settings: Sequence[str], file: Path | None) -> int:
+    """Runs until it is told to stop; returns the exit status. Raises `CharterError` when it cannot start."""
+    given = {**flags, **assignments(settings)}
+    sources = Sources(file=file, environment=os.environ, flags=given)
+    common = read_common(sources, quiet=sys.stderr.isatty())
+    logs.configure(common.log.level, common.log.json)
+    with ExitStack() as stack:
+        state = stack.enter_context(StateFolder(common.state, common.targets))
+        ports = stack.enter_context(closing(PortReservations()))
+        deployment = read_deployment(sources, common, ports)
+        runner = stack.enter_context(asyncio.Runner(loop_factory=_new_loop))
+        finished = runner.run(_serve(deployment, ports, state, Screen()))
+        if not finished:
+            # A thread is still reading weights, and nothing can interrupt it; all else is closed.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+    return 0
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+async def _serve(deployment: Deployment, ports: PortReservations, state: StateFolder, screen: Screen) -> bool:
+    """Starts, waits for a signal, stops; False when a start that cannot be interrupted is still under way."""
+    began = time.monotonic()
+    services = Services(deployment, ports)
+    with StopSignal() as stop:
+        waiting = asyncio.create_task(stop.wait())
+        try:
+            address = await services.start_endpoint()
+            state.note_address(address)
+            screen.starting(deployment, address)
+            starting = asyncio.create_task(services.start_models())
+            await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                screen.ready(time.monotonic() - began, address)
+                await services.run_until(waiting)
+            screen.stopping()
+        finally:
+            waiting.cancel()
+            await services.stop()
+        screen.stopped()
+        return starting.done()
