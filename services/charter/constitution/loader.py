@@ -68,8 +68,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
             return folder / f"{path}.yaml"
     known = sorted({f.name.removesuffix(".yaml") for folder in folders() for f in folder.glob("*.yaml")})
     raise ConstitutionError(
-        f"no constitution is called {path}; write a path to a YAML file, or one of {', '.join(known) or '(none)'}, "
-        f"or name their folder in {ENV}"
+        f"no constitution is called {path}; write a path to a YAML file, or one of "
+        f"{', '.join(known) or '(none)'}, or name their folder in {ENV}"
     )
 
 

@@ -62,7 +62,7 @@ class Member:
 class Node:
     """A value and where it stands; lines and columns count from 1."""
 
-    value: None | bool | int | float | str | list[Node] | dict[str, Member]
+    value: bool | int | float | str | list[Node] | dict[str, Member] | None
     line: int
     column: int
 
@@ -157,7 +157,8 @@ def parse_yaml(file: str, text: str) -> tuple[Node | None, list[Problem]]:
     try:
         root = YAML(typ="safe", pure=True).compose(io.StringIO(text))
         if root is None:
-            return None, [Problem(file, 0, "", "holds only comments", "start from constitutions/charter.yaml")]
+            remedy = "start from constitutions/charter.yaml"
+            return None, [Problem(file, 0, "", "holds only comments", remedy)]
         problems: list[Problem] = []
         return _from_yaml(file, root, (), set(), problems), problems
     except MarkedYAMLError as error:
@@ -233,7 +234,8 @@ def _mapping(
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, ScalarNode):
-            problems.append(Problem(file, line, field_name(path), "has a list as a key", "write `key: value`"))
+            what = "has a list as a key"
+            problems.append(Problem(file, line, field_name(path), what, "write `key: value`"))
             continue
         key = str(key_node.value)
         if key in members:
@@ -244,7 +246,7 @@ def _mapping(
     return members
 
 
-def _scalar(node: ScalarNode) -> None | bool | int | float | str:
+def _scalar(node: YamlNode) -> bool | int | float | str | None:
     kind, text = str(node.tag).removeprefix(_TAG), str(node.value)
     try:
         if kind == "null":
@@ -343,7 +345,7 @@ class _Json:
 
 
 def parse_json(file: str, text: str) -> tuple[Node, list[Problem]]:
-    """The tree of a JSON text, and its repeated keys; `ConstitutionError` with the line when it is not JSON."""
+    """The tree of a JSON text, and its repeated keys; `ConstitutionError` when it is not JSON."""
     reader = _Json(text)
     try:
         node, end = reader.value(0)
