@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from charter.constitution.cli import app
 from charter.constitution.loader import load
-from typer.testing import CliRunner
 
 from .test_importer import INSTRUCTIONS, PAIRS, QUESTIONS
 from .test_loader import GOOD

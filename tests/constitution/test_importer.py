@@ -1,9 +1,12 @@
 """Importing the authors' JSON files: every published form, and everything that can be wrong with one."""
 
+# ruff: noqa: E501 - messages and transcripts are quoted whole
+
 import json
 from pathlib import Path
 
 import pytest
+
 from charter.constitution.dump import dumps
 from charter.constitution.importer import DEFAULT_QUESTION, Imported, import_files
 from charter.constitution.loader import check_text

@@ -1,11 +1,14 @@
 """Loading a constitution: what is accepted, what is refused, and in which words."""
 
+# ruff: noqa: E501 - messages and transcripts are quoted whole
+
 import json
 import textwrap
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
 from charter.constitution import (
     Constitution,
     CritiqueExample,

@@ -3,14 +3,15 @@
 import string
 from dataclasses import replace
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from charter.constitution import Constitution, CritiqueExample, Phase, PreferenceExample, Principle
 from charter.constitution.diff import compare
 from charter.constitution.dump import dumps, record
 from charter.constitution.loader import check_text, from_record, load
 from charter.constitution.model import Conversation
 from charter.lm.base import ChatMessage, Role
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda s: s.strip())
 slugs = st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=8)
