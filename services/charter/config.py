@@ -15,7 +15,7 @@ import difflib
 import enum
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -83,7 +83,7 @@ class Sources:
         )
 
 
-def assignments(items: tuple[str, ...] | list[str]) -> dict[str, object]:
+def assignments(items: Sequence[str]) -> dict[str, object]:
     """Reads `--set section.field=value` arguments into flags."""
     flags: dict[str, object] = {}
     for item in items:

@@ -195,5 +195,17 @@ def printable(text: str) -> str:
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """The guard's verdict in one line."""
-    return printable(json.dumps(verdict))
+    """The guard's report on an answer in one line: what became of it, under which principles, how fast."""
+    rounds = int(verdict.get("rounds") or 0)
+    parts = [str(verdict.get("verdict", ""))]
+    parts += [f"{rounds} round{'s' if rounds > 1 else ''} of revision"] if rounds else []
+    parts += [", ".join(_principle(p) for p in verdict.get("principles") or ())]
+    parts += [str(note) for note in verdict.get("notes") or ()]
+    parts += [f"{float((verdict.get('timings_ms') or {}).get('total') or 0) / 1000:.1f} s"]
+    parts += [str(verdict.get("policy_version") or "")]
+    return printable(" · ".join(part for part in parts if part))
+
+
+def _principle(found: dict[str, Any]) -> str:
+    before, after = found.get("before"), found.get("after")
+    return f"{found.get('id')} {before}" + ("" if after is None else f" → {after}")
