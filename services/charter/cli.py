@@ -142,9 +142,12 @@ def run(
             "--set", metavar="KEY=VALUE", help="Any other setting, e.g. gateway.rate_per_minute=60."
         ),
     ] = None,
+    show_settings: Annotated[
+        bool, typer.Option("--settings", help="Prints every setting with its meaning, and runs nothing.")
+    ] = False,
 ) -> None:
     """Runs the chat endpoint and the services behind it, all in this process, until Ctrl-C."""
-    from charter.app.main import run_from_flags
+    from charter.app.main import run_from_flags, show
 
     flags: dict[str, object] = {
         "target": target,
@@ -159,6 +162,9 @@ def run(
         "log.level": log_level,
         "log.json": log_json,
     }
+    if show_settings:
+        typer.echo(show(flags, settings or [], config), nl=False)
+        return
     raise typer.Exit(run_from_flags(flags, settings or [], config))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from charter.app.explain import as_yaml
 from charter.app.ports import PortReservations
 from charter.app.screen import Screen
 from charter.app.services import Services
@@ -26,8 +27,7 @@ from charter.telemetry import logs
 
 def run_from_flags(flags: Mapping[str, object], settings: Sequence[str], file: Path | None) -> int:
     """Runs until it is told to stop; returns the exit status. Raises `CharterError` when it cannot start."""
-    given = {**flags, **assignments(settings)}
-    sources = Sources(file=file, environment=os.environ, flags=given)
+    sources = _sources(flags, settings, file)
     common = read_common(sources, quiet=sys.stderr.isatty())
     logs.configure(common.log.level, common.log.json)
     with ExitStack() as stack:
@@ -42,6 +42,16 @@ def run_from_flags(flags: Mapping[str, object], settings: Sequence[str], file: P
             sys.stderr.flush()
             os._exit(0)
     return 0
+
+
+def show(flags: Mapping[str, object], settings: Sequence[str], file: Path | None) -> str:
+    """The settings that `run_from_flags` would run by, as YAML; ports 0 are chosen at the start."""
+    sources = _sources(flags, settings, file)
+    return as_yaml(read_deployment(sources, read_common(sources), None))
+
+
+def _sources(flags: Mapping[str, object], settings: Sequence[str], file: Path | None) -> Sources:
+    return Sources(file=file, environment=os.environ, flags={**flags, **assignments(settings)})
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

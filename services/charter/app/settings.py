@@ -128,18 +128,21 @@ def read_common(sources: Sources, *, quiet: bool = False) -> RunSettings:
     return common
 
 
-def read_deployment(sources: Sources, common: RunSettings, ports: PortReservations) -> Deployment:
+def read_deployment(sources: Sources, common: RunSettings, ports: PortReservations | None) -> Deployment:
     """The sections of the services that run here, with the defaults that follow from the top level.
 
     Beside a gateway, which is told where they are, servers take free ports (kept in `ports` until they
-    listen); alone they take the well-known ones.
+    listen); alone, and where nothing is to run (`ports` is None), they take the well-known ones.
     """
     runs = set(common.targets)
-    free = Target.GATEWAY in runs
+    free = ports is not None and Target.GATEWAY in runs
 
     def server(target: Target, **defaults: object) -> Mapping[str, object]:
         # Ctrl-C on a laptop should not take half a minute; a pod's configuration gives more.
         return {**defaults, "server.port": 0 if free else _PORTS[target], "server.drain_grace_s": 3.0}
+
+    def settled(server: ServerConfig) -> ServerConfig:
+        return ports.settle(server) if ports is not None else server
 
     def frozen(target: Target) -> Mapping[str, object]:
         return server(target, model=common.critic_uri, constitution=common.constitution_name)
@@ -148,13 +151,13 @@ def read_deployment(sources: Sources, common: RunSettings, ports: PortReservatio
     if Target.POLICY in runs:
         defaults = server(Target.POLICY, model=common.model_uri, registry=str(common.state / "checkpoints"))
         policy = sources.build(PolicyConfig, "policy", defaults=defaults)
-        policy = replace(policy, server=ports.settle(policy.server))
+        policy = replace(policy, server=settled(policy.server))
     if Target.CRITIC in runs:
         critic = sources.build(CriticConfig, "critic", defaults=frozen(Target.CRITIC))
-        critic = replace(critic, server=ports.settle(critic.server))
+        critic = replace(critic, server=settled(critic.server))
     if Target.JUDGE in runs:
         judge = sources.build(JudgeConfig, "judge", defaults=frozen(Target.JUDGE))
-        judge = replace(judge, server=ports.settle(judge.server))
+        judge = replace(judge, server=settled(judge.server))
     if Target.GATEWAY in runs:
         defaults = {
             "policy": f"grpc://{_address(policy.server if policy else None, Target.POLICY)}",
