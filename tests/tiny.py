@@ -25,22 +25,32 @@ _CORPUS = (
 )
 
 
-def make_tiny_tokenizer(folder: Path) -> int:
-    """Writes the tokenizer's files into `folder`; returns the size of its vocabulary."""
+def make_tiny_tokenizer(folder: Path, *, byte_level: bool = False) -> int:
+    """Writes the tokenizer's files into `folder`; returns the size of its vocabulary.
+
+    With byte fallback, as the seed model's; or byte-level, as those of GPT-2 and Qwen2.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     words = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]|\s"), behavior="isolated")
+    byte_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_first = sorted(pre_tokenizers.ByteLevel.alphabet()) if byte_level else []
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = words
-    trainer = trainers.BpeTrainer(vocab_size=160, show_progress=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([words, byte_alphabet]) if byte_level else words
+    trainer = trainers.BpeTrainer(
+        vocab_size=160 + len(bytes_first), initial_alphabet=bytes_first, show_progress=False
+    )
     trained.train_from_iterator(_CORPUS, trainer)
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
-    vocabulary = [*SPECIAL_TOKENS, *(f"<0x{b:02X}>" for b in range(256)), *learned]
+    fallback = [] if byte_level else [f"<0x{b:02X}>" for b in range(256)]
+    vocabulary = [*SPECIAL_TOKENS, *fallback, *learned]
     ids = {token: i for i, token in enumerate(vocabulary)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(trained), byte_fallback=True))
-    tokenizer.pre_tokenizer = words
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(trained), byte_fallback=not byte_level))
+    tokenizer.pre_tokenizer = trained.pre_tokenizer
+    tokenizer.decoder = (
+        decoders.ByteLevel() if byte_level else decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -104,7 +114,9 @@ def make_tiny_model(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = make_tiny_tokenizer(folder)
+    vocabulary = make_tiny_tokenizer(folder, byte_level=architecture != "llama")
+    if architecture == "qwen2":
+        vocabulary += 16  # Qwen's logits are wider than its vocabulary
     config = _config(architecture, vocabulary, width, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
