@@ -2,91 +2,67 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from charter import rpc
 from charter.constitution.model import Constitution, Phase
-from charter.constitution.watch import ConstitutionInForce
 from charter.critic import service
 from charter.critic.config import CriticConfig
 from charter.errors import RequestError
 from charter.feedback import asking
 from charter.feedback.records import Assessment, RevisionStep
-from charter.lm.base import Conversation, LanguageModel
+from charter.feedback.serving import FeedbackSources, OpenModel, open_model
+from charter.lm.base import Conversation
 from charter.rpc import convert
-from charter.telemetry.metrics import ConstitutionMetrics, CriticMetrics
+from charter.telemetry.metrics import CriticMetrics
 from charter.v1 import critic_pb2
 from charter.v1.critic_pb2_grpc import CriticServiceServicer, add_CriticServiceServicer_to_server
 
 NAME = "charter.v1.CriticService"
-Open = Callable[[str], LanguageModel]
-"""Opens a model by its URI; may take seconds, and runs in a thread."""
-
-
-def _open_model(uri: str) -> LanguageModel:
-    from charter import lm
-
-    return lm.open_model(uri)
 
 
 async def serve(
-    config: CriticConfig, registry: CollectorRegistry, *, open_model: Open = _open_model
+    config: CriticConfig, registry: CollectorRegistry, *, open_model: OpenModel = open_model
 ) -> rpc.RunningServer:
     """Loads constitution and model and starts the server.
 
     Raises `ConstitutionError`, `ConfigError` or `CheckpointError`.
     """
-    in_force = ConstitutionInForce(
-        config.constitution,
+    sources = await FeedbackSources.open(
         "critic",
-        ConstitutionMetrics.of(registry),
-        lambda c: asking.checked_for(c, Phase.CRITIQUE),
+        Phase.CRITIQUE,
+        model=config.model,
+        constitution=config.constitution,
+        watch_s=config.watch_s,
+        registry=registry,
+        opener=open_model,
     )
-    model = await asyncio.to_thread(open_model, config.model)
-    watching = asyncio.get_running_loop().create_task(in_force.watch(config.watch_s))
-
-    async def close() -> None:
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
-        await model.close()
-
     try:
-        servicer = CriticServicer(config, model, in_force, CriticMetrics.of(registry))
-        served = rpc.Service(NAME, add_CriticServiceServicer_to_server, servicer, close)
+        servicer = CriticServicer(config, sources, CriticMetrics.of(registry))
+        served = rpc.Service(NAME, add_CriticServiceServicer_to_server, servicer, sources.close)
         return await rpc.serve([served], config.server, registry)
     except BaseException:
-        await close()
+        await sources.close()
         raise
 
 
 class CriticServicer(CriticServiceServicer):
     """The methods of the service. Each keeps the constitution that it began with to its end."""
 
-    def __init__(
-        self,
-        config: CriticConfig,
-        model: LanguageModel,
-        in_force: ConstitutionInForce,
-        metrics: CriticMetrics,
-    ) -> None:
+    def __init__(self, config: CriticConfig, sources: FeedbackSources, metrics: CriticMetrics) -> None:
         self._config = config
-        self._model = model
-        self._in_force = in_force
+        self._sources = sources
         self._metrics = metrics
 
     async def Assess(  # noqa: N802 - gRPC's name
         self, request: critic_pb2.AssessRequest, context: Any
     ) -> critic_pb2.AssessResponse:
         """The probability that the answer breaks each of these principles."""
-        conversation, constitution = _conversation(request), self._in_force.current
+        conversation, constitution = _conversation(request), self._sources.constitution
         principles = asking.chosen(constitution, Phase.CRITIQUE, request.principle_ids)
-        found = await service.assess(self._model, conversation, request.answer, principles)
+        found = await service.assess(self._sources.model, conversation, request.answer, principles)
         self._count_assessments(found)
         return critic_pb2.AssessResponse(
             assessments=[
@@ -99,12 +75,12 @@ class CriticServicer(CriticServiceServicer):
         self, request: critic_pb2.CritiqueRequest, context: Any
     ) -> critic_pb2.CritiqueResponse:
         """What is wrong with the answer by one principle."""
-        conversation, constitution = _conversation(request), self._in_force.current
+        conversation, constitution = _conversation(request), self._sources.constitution
         if not request.principle_id:
             raise RequestError("principle_id is empty; name the principle to criticise by")
         (principle,) = asking.chosen(constitution, Phase.CRITIQUE, [request.principle_id])
         text = await service.critique(
-            self._model,
+            self._sources.model,
             conversation,
             request.answer,
             principle,
@@ -118,7 +94,7 @@ class CriticServicer(CriticServiceServicer):
         self, request: critic_pb2.ReviseRequest, context: Any
     ) -> critic_pb2.ReviseResponse:
         """Rounds of critique and revision, the principle of each drawn by weight."""
-        conversation, constitution = _conversation(request), self._in_force.current
+        conversation, constitution = _conversation(request), self._sources.constitution
         rounds, seed = request.rounds or self._config.rounds, _seed(request)
         if not 1 <= rounds <= self._config.max_rounds:
             raise RequestError(
@@ -126,7 +102,7 @@ class CriticServicer(CriticServiceServicer):
             )
         pool = asking.chosen(constitution, Phase.CRITIQUE, request.principle_ids)
         steps = await service.revise(
-            self._model,
+            self._sources.model,
             conversation,
             request.answer,
             asking.draw(pool, rounds, asking.derived_seed(seed, "principles")),
@@ -145,10 +121,10 @@ class CriticServicer(CriticServiceServicer):
         )
 
     async def _source(self, constitution: Constitution) -> dict[str, Any]:
-        info = await self._model.info()
+        source = await self._sources.source(constitution)
         return {
-            "constitution_digest": constitution.digest,
-            "critic": convert.version_to_proto(info.model),
+            "constitution_digest": source.constitution_digest,
+            "critic": convert.version_to_proto(source.model),
         }
 
     def _count_assessments(self, found: tuple[Assessment, ...]) -> None:
