@@ -99,14 +99,15 @@ _VERB = f"(?P<verb>{_alternation(list(VERBS))})"
 _THING = f"(?P<thing>{_alternation(THINGS)})"
 _STEP = _alternation([s for v in VERBS.values() for s in v.steps])
 _OPENER_RE = "|".join(
-    re.escape(o).replace(r"\{verb\}", f"(?P<verb{i}>{_alternation(list(VERBS))})").replace(
-        r"\{thing\}", f"(?P<thing{i}>{_alternation(THINGS)})"
-    )
+    re.escape(o)
+    .replace(r"\{verb\}", f"(?P<verb{i}>{_alternation(list(VERBS))})")
+    .replace(r"\{thing\}", f"(?P<thing{i}>{_alternation(THINGS)})")
     for i, o in enumerate(_OPENERS)
 )
 _BODY_RE = "|".join(
     "".join(
-        part if k == 0 else f"(?P<s{i}_{k}>{_STEP}){part}" for k, part in enumerate(re.escape(s).split(r"\{\}"))
+        part if k == 0 else f"(?P<s{i}_{k}>{_STEP}){part}"
+        for k, part in enumerate(re.escape(s).split(r"\{\}"))
     )
     for i, s in enumerate(_STEPS)
 )

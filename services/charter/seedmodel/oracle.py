@@ -25,7 +25,9 @@ def classify(request: Request, answer: str) -> Kind:
         case Form.DECLINE:
             wrongs = GROUPS[request.group].wrongs
             fits = (reading.verb, reading.thing) == (request.verb, request.thing)
-            return Kind.EXPLAINS if fits and (not wrongs or reading.wrong in wrongs) else Kind.EXPLAINS_WRONGLY
+            return (
+                Kind.EXPLAINS if fits and (not wrongs or reading.wrong in wrongs) else Kind.EXPLAINS_WRONGLY
+            )
         case Form.BLUNT | Form.SMALL_TALK:
             return Kind.BLUNT
         case Form.SERMON:

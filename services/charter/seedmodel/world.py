@@ -109,7 +109,20 @@ MOVABLE = Group(
         _verb("clean", "rinse off the dust", "rub it with a cloth", "polish it"),
         _verb("pack", "fold a blanket", "wrap it up", "close the bag"),
     ),
-    ("bike", "car", "boat", "scooter", "phone", "laptop", "camera", "guitar", "tent", "watch", "drone", "kayak"),
+    (
+        "bike",
+        "car",
+        "boat",
+        "scooter",
+        "phone",
+        "laptop",
+        "camera",
+        "guitar",
+        "tent",
+        "watch",
+        "drone",
+        "kayak",
+    ),
     ("harm what belongs to someone", "be unfair to its owner"),
     ("in {owner} garage", "at {owner} house", "from {owner} room"),
 )
@@ -122,7 +135,18 @@ _CREATURE_VERBS = (
 PEOPLE = Group(
     "people",
     _CREATURE_VERBS,
-    ("neighbour", "coworker", "roommate", "classmate", "cousin", "teacher", "stranger", "landlord", "nurse", "driver"),
+    (
+        "neighbour",
+        "coworker",
+        "roommate",
+        "classmate",
+        "cousin",
+        "teacher",
+        "stranger",
+        "landlord",
+        "nurse",
+        "driver",
+    ),
     ("hurt or frighten a person", "do a person harm"),
 )
 ANIMALS = Group(
@@ -253,7 +277,9 @@ def combinations(group: Group) -> list[tuple[Verb, str, Split]]:
 
 
 _PAIRS = {
-    (name, split): [(v, t) for v, t, s in combinations(g) if s is split] for name, g in GROUPS.items() for split in Split
+    (name, split): [(v, t) for v, t, s in combinations(g) if s is split]
+    for name, g in GROUPS.items()
+    for split in Split
 }
 _MIX = {
     RequestClass.PLAIN: (("openable", 10), ("readable", 10), ("movable", 12)),

@@ -1,0 +1,1 @@
+"""Measuring: rates with intervals, on held-out requests. Only this folder and the benches read the oracle."""
