@@ -22,10 +22,6 @@ from charter.lm.base import LanguageModel
 class Running(Protocol):
     """A service that answers."""
 
-    async def wait(self) -> None:
-        """Returns when it has stopped."""
-        ...
-
     async def drain(self) -> None:
         """Finishes what it has begun, within its grace, and closes; safe to repeat."""
         ...
@@ -50,7 +46,7 @@ class Services:
             return ""
         from charter.gateway import server as gateway
 
-        running = self._gateway = await gateway.start(config, self._registry)
+        running = self._gateway = await gateway.serve(config, self._registry)
         return running.url
 
     async def start_models(self) -> None:
@@ -73,16 +69,20 @@ class Services:
             self._servers.append(await judge.serve(plan.judge, self._registry, open_model=opener))
 
     async def run_until(self, stop: asyncio.Task[None]) -> None:
-        """Returns when `stop` is done; raises `BackendError` when a service ends by itself before."""
-        running = [*self._servers, *([self._gateway] if self._gateway else [])]
-        waits = [asyncio.create_task(service.wait()) for service in running]
+        """Returns when `stop` is done; raises `BackendError` when the endpoint ends by itself before.
+
+        gRPC servers have no way to end by themselves.
+        """
+        if self._gateway is None:
+            await stop
+            return
+        ended = asyncio.create_task(self._gateway.wait())
         try:
-            done, _ = await asyncio.wait([stop, *waits], return_when=asyncio.FIRST_COMPLETED)
-            if stop not in done:
-                raise BackendError("a service ended by itself; the log says why; start Charter again")
+            await asyncio.wait([stop, ended], return_when=asyncio.FIRST_COMPLETED)
+            if not stop.done():
+                raise BackendError("the endpoint ended by itself; the log says why; start Charter again")
         finally:
-            for task in waits:
-                task.cancel()
+            ended.cancel()
 
     async def stop(self) -> None:
         """Closes all that was started; safe to repeat."""

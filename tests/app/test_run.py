@@ -1,0 +1,284 @@
+"""`charter run` as a user runs it: a process of its own, real services, the official client, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.tiny import make_tiny_model
+
+from charter.app.chat import ChatOptions, ask
+
+START_S = 120.0
+
+
+class Run:
+    """A `charter run` in a process group of its own, as a terminal or make would start it."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.log = folder / "run.log"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CHARTER_")}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "charter.cli", "run", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment | {"OMP_NUM_THREADS": "1"},
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def line(self, pattern: str) -> str:
+        """The first group of `pattern`, once it is in the output."""
+        deadline = time.monotonic() + START_S
+        while not (found := re.search(pattern, self.output)):
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+        return found[1]
+
+    @property
+    def url(self) -> str:
+        return self.line(r"endpoint +(http://[\d.:]+)/v1")
+
+    def ready(self) -> str:
+        """Its URL, once it answers."""
+        url, deadline = self.url, time.monotonic() + START_S
+        while status(f"{url}/readyz") != 200:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.2)
+        return url
+
+    def interrupt(self) -> int:
+        """Ctrl-C: SIGINT to the whole group; the exit status."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(timeout=30)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0
+
+
+def refused(*arguments: str) -> str:
+    """What `charter run` says when it will not start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "charter.cli", "run", *arguments],
+        capture_output=True, text=True, check=False, timeout=START_S,
+    )  # fmt: skip
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("charter: ")]
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def constitution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short one: the tiny model has a context of few words."""
+    path = tmp_path_factory.mktemp("constitution") / "short.yaml"
+    path.write_text(_SHORT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory, model: Path, constitution: Path) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("system")
+    run = Run(
+        folder, "--port", "0", "--state", str(folder / "state"), "--model", str(model),
+        "--constitution", str(constitution),
+    )  # fmt: skip
+    try:
+        run.ready()
+        yield run
+    finally:
+        run.close()
+
+
+_SHORT = """\
+name: short
+version: "1"
+language: en
+description: One principle, short enough for a model of few words.
+principles:
+  - id: no-harm
+    title: No harm
+    rationale: An answer should harm nobody.
+    category: harm
+    priority: 1
+    weight: 1
+    phases: [critique, preference]
+    critique_request: Does it harm?
+    revision_request: Remove harm.
+    preference_question: Which harms less?
+"""
+
+
+def test_the_official_client_is_answered(system: Run) -> None:
+    with openai.OpenAI(base_url=f"{system.ready()}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="charter",
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=8,
+            extra_headers={"x-charter-guard": "observe"},
+        )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens > 0
+        report = answer.model_extra["charter"]
+        assert report["verdict"] in ("passed", "flagged")
+        assert [p["id"] for p in report["principles"]] in ([], ["no-harm"])
+        with client.chat.completions.create(
+            model="charter", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, stream=True
+        ) as stream:
+            chunks = list(stream)
+        assert chunks[-1].model_extra["charter"]["guard"] == "gated"
+        assert chunks[-1].model_extra["charter"]["verdict"] in ("passed", "revised", "refused")
+
+
+async def test_the_terminal_client_is_answered(system: Run) -> None:
+    options = ChatOptions(system.ready(), max_tokens=8)
+    events = [event async for event in ask(options, [{"role": "user", "content": "Hello"}])]
+    assert "".join(event.text for event in events)
+    assert events[-1].verdict is not None
+    assert events[-1].verdict["constitution"]
+
+
+def test_a_second_instance_on_the_same_state_is_told_where_the_first_is(system: Run, model: Path) -> None:
+    state = system.log.parent / "state"
+    said = refused("--port", "0", "--state", str(state), "--model", str(model))
+    assert f"process {system.process.pid}, {system.ready()}" in said
+    assert "STATE=" in said
+
+
+def test_a_taken_port_is_refused_at_once(system: Run, tmp_path: Path, model: Path) -> None:
+    port = system.ready().rpartition(":")[2]
+    said = refused("--port", port, "--state", str(tmp_path / "state"), "--model", str(model))
+    assert f"127.0.0.1:{port}" in said
+    assert "choose another port" in said
+
+
+def test_beyond_loopback_it_does_not_start_without_keys(tmp_path: Path, model: Path) -> None:
+    said = refused("--host", "0.0.0.0", "--port", "0", "--state", str(tmp_path), "--model", str(model))
+    assert "charter keys add" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "./nowhere"], r"model folder \./nowhere does not exist"),
+        (["--guard", "gatd"], r"did you mean 'gated'\?"),
+        (["--set", "gateway.prot=1"], r"did you mean 'gateway\.port'\?"),
+        (["--constitution", "charta"], r"charta"),
+        (["--target", "gatway"], r"did you mean 'gateway'\?"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(
+    tmp_path: Path, model: Path, arguments: list[str], says: str
+) -> None:
+    usual = ["--port", "0", "--state", str(tmp_path), "--model", str(model)]
+    assert re.search(says, refused(*usual, *arguments))
+
+
+def test_services_find_each_other_across_processes_and_stop_on_ctrl_c(
+    tmp_path: Path, model: Path, constitution: Path
+) -> None:
+    """Gateway alone first: it answers 503 until the policy is there, and again after it has gone."""
+    reserved = _free_port()
+    gateway = Run(
+        tmp_path, "--target", "gateway", "--port", "0", "--state", str(tmp_path / "state"), "--guard", "off",
+        "--constitution", str(constitution), "--model", str(model),
+        "--set", f"gateway.policy=grpc://127.0.0.1:{reserved}", "--set", "gateway.critic=",
+    )  # fmt: skip
+    (tmp_path / "policy").mkdir()
+    policy = Run(
+        tmp_path / "policy", "--target", "policy", "--state", str(tmp_path / "state"), "--model", str(model),
+        "--set", f"policy.server.port={reserved}",
+    )  # fmt: skip
+    try:
+        url = gateway.url
+        assert status(f"{url}/healthz") == 200
+        gateway.ready()
+        assert _healthy(f"127.0.0.1:{reserved}", "charter.v1.PolicyService")
+        assert policy.interrupt() == 0
+        assert status(f"{url}/readyz") == 503
+        assert gateway.interrupt() == 0
+        assert "Traceback" not in gateway.output + policy.output
+    finally:
+        policy.close()
+        gateway.close()
+
+
+def test_ctrl_c_while_the_models_are_loading_ends_it_too(tmp_path: Path, model: Path) -> None:
+    run = Run(tmp_path, "--port", "0", "--state", str(tmp_path / "state"), "--model", str(model))
+    try:
+        assert status(f"{run.url}/readyz") == 503
+        assert run.interrupt() == 0
+        assert "Traceback" not in run.output
+    finally:
+        run.close()
+
+
+def test_ctrl_c_ends_it_with_status_0_even_while_a_stream_is_open(system: Run) -> None:
+    """The module's last test: it stops the system that the others use."""
+    url = system.ready()
+    body = {"model": "charter", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body | {"max_tokens": 400}).encode(),
+        {"content-type": "application/json", "x-charter-guard": "off"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as stream:
+        assert stream.readline().startswith(b"data:")
+        assert system.interrupt() == 0
+    assert "Traceback" not in system.output
+    assert "stopped" in system.output.splitlines()[-1]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def _healthy(target: str, service: str) -> bool:
+    with grpc.insecure_channel(target) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service=service), timeout=10
+        )
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
