@@ -100,6 +100,8 @@ class WorkerOptions:
     """After `stop`, how long the records in hand may still take."""
     lag_interval_s: float = 5.0
     """Seconds between two looks at the lag, for metrics and for `downstream`."""
+    room_interval_s: float = 0.25
+    """Seconds between two looks whether a worker that is held back may go on."""
     downstream: tuple[Downstream, ...] = ()
 
     def __post_init__(self) -> None:
@@ -134,8 +136,9 @@ class Worker:
         options: WorkerOptions | None = None,
         consumer_options: ConsumerOptions | None = None,
         metrics: BusMetrics | None = None,
+        room: Callable[[], bool] | None = None,
     ) -> None:
-        """Joins nothing yet; `run` does."""
+        """Joins nothing yet; `run` does. While `room` says no, the worker takes no batch; it may ask the bus."""
         self.group = group
         self.topics = tuple(topics)
         self.options = options or WorkerOptions()
@@ -144,6 +147,7 @@ class Worker:
         self._member = member
         self._consumer_options = consumer_options
         self._metrics = metrics
+        self._room = room
         self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -329,15 +333,17 @@ class Worker:
 
     async def _wait_for_room(self) -> None:
         """Returns when every topic downstream has room."""
-        while self.options.downstream and not self._stopping.is_set():
+        while (self.options.downstream or self._room) and not self._stopping.is_set():
             full = await self._patiently(self._fullest)
             if self._metrics:
                 self._metrics.held_back.labels(self.group).set(1 if full else 0)
             if not full:
                 return
-            await self._stopped_within(min(1.0, self.options.lag_interval_s))
+            await self._stopped_within(min(self.options.room_interval_s, self.options.lag_interval_s))
 
     def _fullest(self) -> bool:
+        if self._room is not None and not self._room():
+            return True
         return any(
             sum(lag.records for lag in self._bus.lag(stream.group, [stream.topic])) > stream.max_lag
             for stream in self.options.downstream
