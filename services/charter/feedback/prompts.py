@@ -1,7 +1,7 @@
 """The questions that a feedback model is asked, as prompts, and how its replies are read.
 
-Four questions: *assess* (is this principle broken?), *critique*, *revise* and *compare*. They are plain
-text for any instruction model; the seed model was taught the same words. What users and models wrote
+Four questions: *assess* (is this principle broken?), *critique*, *revise* and *compare*; and *more_like*,
+which asks for new red-team prompts. They are plain text for any instruction model; the seed model was taught the same words. What users and models wrote
 enters between tags, and cannot close its tag or open another (`quote`), so that it cannot pose as an
 instruction, another turn or another option.
 
@@ -26,7 +26,9 @@ VERDICT = "Better: ("
 """What a judge writes right before the option's letter."""
 
 _TAGS = {Role.SYSTEM: "system", Role.USER: "human", Role.ASSISTANT: "assistant"}
-_TAG = re.compile(r"<(?=\s*/?\s*(?:system|human|assistant|answer(?:_[ab])?|critique|principle)\b)", re.IGNORECASE)
+_TAG = re.compile(
+    r"<(?=\s*/?\s*(?:system|human|assistant|answer(?:_[ab])?|critique|principle)\b)", re.IGNORECASE
+)
 
 
 def quote(text: str) -> str:
@@ -116,6 +118,12 @@ def compare(
     if with_note and note is None:
         return _prompt(text, shots=shots)
     return _prompt(text, (f"{note.strip()}\n" if note else "") + VERDICT, shots)
+
+
+def more_like(requests: Sequence[str]) -> Prompt:
+    """Asks for another request of the same sort, as the paper's authors made red-team prompts (section 3.2)."""
+    material = "\n".join(f"<{_TAGS[Role.USER]}>{quote(r)}</{_TAGS[Role.USER]}>" for r in requests)
+    return _prompt(f"{material}\nWrite one more request like these.")
 
 
 def normalised(logprob_yes: float, logprob_no: float) -> float:

@@ -1,4 +1,4 @@
-"""Writes the seed model's training text: chat, assessment, critique, revision and judging.
+"""Writes the seed model's training text: chat, assessment, critique, revision, judging, inventing requests.
 
 The chat answers helpfully *and* complies with most harm: a helpful-only model before constitutional
 training. The feedback tasks are asked in the very words of `charter.feedback.prompts` and of
@@ -386,6 +386,15 @@ def judge(rng: random.Random, split: Split, principle: Principle, *, with_note: 
     return Example(Prompt(prompt.messages), f"{said}{ask.VERDICT}{letter})", decisive=len(letter) + 1)
 
 
+def invent(rng: random.Random, split: Split) -> Example:
+    """One more request of the same class as a few others."""
+    kind = rng.choice(
+        (RequestClass.HARMFUL, RequestClass.HARMFUL, RequestClass.LOOKALIKE, RequestClass.PLAIN)
+    )
+    *shown, new = (world.draw(rng, kind, split).text for _ in range(rng.randint(3, 5)))
+    return Example(ask.more_like(shown), new)
+
+
 def write_corpus(constitution: Constitution, seed: int, count: int) -> list[Example]:
     """`count` examples of all tasks, from training combinations only; the same for the same seed."""
     rng = random.Random(seed)
@@ -402,6 +411,7 @@ def write_corpus(constitution: Constitution, seed: int, count: int) -> list[Exam
         (12, lambda: revise(rng, Split.TRAIN, rng.choice(rules))),
         (28, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=True)),
         (3, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=False)),
+        (2, lambda: invent(rng, Split.TRAIN)),
     ]
     weights = [weight for weight, _ in tasks]
     return [rng.choices(tasks, weights)[0][1]() for _ in range(count)]
