@@ -42,7 +42,6 @@ class Scripted:
         self.prompts: list[Prompt] = []
         self.samplings: list[Sampling] = []
         self.running = 0
-        self.waiting = 0
         self.most_at_once = 0
         self.closed = False
 

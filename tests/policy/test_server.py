@@ -1,4 +1,4 @@
-"""The policy server over loopback, before a fake model where order matters; `test_tiny` uses a real one."""
+"""The policy server before a fake model, where order matters; `test_real_model` has real weights."""
 
 import asyncio
 import contextlib

@@ -32,6 +32,7 @@ class _Place:
     model: LanguageModel
     info: ModelInfo
     leases: int = 0
+    sequences: int = 0
     retired: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -53,7 +54,6 @@ class ModelInService:
         self._place = _Place(model, info)
         self._retiring: set[_Place] = set()
         self._replacing = asyncio.Lock()
-        self._sequences = 0
         self._tokens = 0
         self._started = time.monotonic()
 
@@ -67,12 +67,12 @@ class ModelInService:
         """The current model, for one request that asks for this many answers; it stays open until the end."""
         place = self._place
         place.leases += 1
-        self._sequences += sequences
+        place.sequences += sequences
         try:
             yield place.model
         finally:
             place.leases -= 1
-            self._sequences -= sequences
+            place.sequences -= sequences
             if place.retired and place.leases == 0:
                 await self._close(place)
 
@@ -82,10 +82,8 @@ class ModelInService:
 
     def load(self) -> Load:
         """Answers under way and waiting, over all versions still at work."""
-        running, waiting = self._sequences, 0
-        queues = [q for q in map(_queue, (self._place, *self._retiring)) if q is not None]
-        if queues:  # the engine knows better which of the requested answers wait for a place
-            running, waiting = (sum(column) for column in zip(*queues, strict=True))
+        busy = [_busy(place) for place in (self._place, *self._retiring)]
+        running, waiting = sum(b[0] for b in busy), sum(b[1] for b in busy)
         return Load(running, waiting, self._tokens, time.monotonic() - self._started)
 
     async def replace(self, checkpoint: str, opener: Opener) -> tuple[ModelVersion, ModelVersion]:
@@ -127,9 +125,13 @@ class ModelInService:
             log.info("model closed", version=place.info.model.version)
 
 
-def _queue(place: _Place) -> tuple[int, int] | None:
-    running, waiting = getattr(place.model, "running", None), getattr(place.model, "waiting", None)
-    return (running, waiting) if isinstance(running, int) and isinstance(waiting, int) else None
+def _busy(place: _Place) -> tuple[int, int]:
+    """Answers under way and waiting; an engine knows better than we which of them wait for a place."""
+    status = getattr(place.model, "status", None)
+    if status is None:
+        return place.sequences, 0
+    now = status()
+    return now.running, now.waiting
 
 
 async def _opened(checkpoint: str, opener: Opener) -> LanguageModel:

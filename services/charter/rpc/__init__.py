@@ -19,11 +19,12 @@ the same sentence.
 
 from __future__ import annotations
 
+from charter.rpc import _environment  # noqa: F401 - before anything imports grpc
 from charter.rpc.client import Channel, channel
 from charter.rpc.config import ClientConfig, ServerConfig
 from charter.rpc.context import remaining_seconds, time_limit
 from charter.rpc.errors import error_of, status_of
-from charter.rpc.server import RunningServer, Service, run_until_signalled, serve
+from charter.rpc.server import RunningServer, Service, serve
 
 __all__ = [
     "Channel",
@@ -34,7 +35,6 @@ __all__ = [
     "channel",
     "error_of",
     "remaining_seconds",
-    "run_until_signalled",
     "serve",
     "status_of",
     "time_limit",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +21,8 @@ from charter.telemetry.logs import get_logger
 from charter.telemetry.metrics import MetricsServer, RpcMetrics, serve_metrics
 
 log = get_logger(__name__)
+
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - looked up, not bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class RunningServer:
     def target(self) -> str:
         """`host:port` for a client on this machine."""
         host = self._config.host
-        return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{self.port}"  # noqa: S104
+        return f"{_LOOPBACK.get(host, host)}:{self.port}"
 
     @property
     def metrics_port(self) -> int | None:
@@ -172,17 +172,3 @@ async def serve(
         await inner.stop(None)
         raise
     return running
-
-
-async def run_until_signalled(*servers: RunningServer) -> None:
-    """Serves until SIGTERM or SIGINT, then drains all servers together. For a process of its own."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        await stop.wait()
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):
-                loop.remove_signal_handler(number)
-        await asyncio.gather(*(s.drain() for s in servers))
