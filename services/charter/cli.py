@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,10 +81,7 @@ def _loaded(name: str) -> Any:
 
 
 def _exists(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+    return (Path(__file__).parents[1] / f"{module.replace('.', '/')}.py").is_file()
 
 
 def _version(wanted: bool) -> None:
