@@ -131,7 +131,7 @@ class Gateway:
             return False, {"gateway": "stopping"}
         parts = {"policy": _state(self.service.upstreams.info())}
         if self.service.gate is not None:
-            parts["critic"] = _state(self.service.gate.critic.ready(_READY_SECONDS))
+            parts["critic"] = _state(self.service.gate.critic.channel.ready(_READY_SECONDS))
         states = dict(zip(parts, await asyncio.gather(*parts.values()), strict=True))
         return all(s == "ok" for s in states.values()), states
 

@@ -24,8 +24,8 @@ class GatewayConfig:
     """The name by which clients ask for it."""
     critic: str = ""
     """host:port of the critic; empty: none, and only guard mode off."""
-    constitution: Path | None = None
-    """The constitution that the critic reads: priorities, weights and categories come from here."""
+    constitution: str = "seed"
+    """The constitution that the critic reads, a path or a bare name: it has priorities and categories."""
     guard: GuardMode = GuardMode.GATED
     """Mode where neither key nor request says otherwise."""
     weakest_guard: GuardMode = GuardMode.OFF
@@ -73,10 +73,6 @@ class GatewayConfig:
         if self.guard is not GuardMode.OFF and not self.critic:
             raise ConfigError(
                 f"guard mode {self.guard} needs a critic; name its host:port, or choose guard mode off"
-            )
-        if self.critic and self.constitution is None:
-            raise ConfigError(
-                "a gateway with a critic needs the constitution that the critic reads; name its file"
             )
         positive = (
             "max_running",

@@ -59,7 +59,7 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, type_="server_error", headers=retry_after(1))
 
 
-def api_error(error: Exception) -> ApiError:  # noqa: PLR0911 - one arm for each kind
+def api_error(error: Exception) -> ApiError:
     """How any failure is told to a caller."""
     match error:
         case ApiError():

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
-from charter.constitution.model import Constitution
-from charter.gateway.critic import Assessed, Critic
+from charter.errors import BackendError
+from charter.feedback.records import Assessed
 from charter.gateway.guard import (
     Accept,
     Attempt,
     GuardMode,
     GuardRules,
-    Principles,
     Refuse,
     Verdict,
     decide,
     in_doubt,
 )
+from charter.gateway.principles import Principles
 from charter.gateway.refusal import refusal
 from charter.lm.base import Conversation
-
-
-class Constitutions(Protocol):
-    """Where priorities, weights and categories come from (`principles.ConstitutionFile`)."""
-
-    @property
-    def current(self) -> Constitution:
-        """The constitution in force."""
-        ...
-
-    def principles(self, digest: str) -> Principles:
-        """Its principles, looked up again when the critic speaks of another digest."""
-        ...
+from charter.rpc.clients import CriticClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +51,25 @@ class Outcome:
 class Gate:
     """The guard at work, for any number of drafts at once."""
 
-    def __init__(self, critic: Critic, constitutions: Constitutions, rules: GuardRules) -> None:
+    def __init__(self, critic: CriticClient, principles: Principles, rules: GuardRules) -> None:
         self.critic = critic
-        self.constitutions = constitutions
+        self.principles = principles
         self._rules = rules
 
     async def observe(self, conversation: Conversation, answer: str) -> Outcome:
         """Assesses an answer that is given whatever comes out."""
         started = time.perf_counter()
-        assessed = await self.critic.assess(conversation, answer)
-        principles = self.constitutions.principles(assessed.constitution_digest)
-        doubtful = in_doubt(self._rules, principles, Attempt(answer, assessed.probabilities))
+        assessed = await _assess(self.critic, conversation, answer)
+        probabilities = _probabilities(assessed)
+        known = self.principles.by_digest(assessed.source.constitution_digest)
+        doubtful = in_doubt(self._rules, known, Attempt(answer, probabilities))
         return Outcome(
             Verdict.FLAGGED if doubtful else Verdict.PASSED,
             answer,
             0,
-            tuple(Involved(i, p := assessed.probabilities[i], p) for i in doubtful),
-            assessed.constitution_digest,
-            assessed.critic_version,
+            tuple(Involved(i, p := probabilities[i], p) for i in doubtful),
+            assessed.source.constitution_digest,
+            assessed.source.model.version,
             time.perf_counter() - started,
         )
 
@@ -114,7 +102,7 @@ class _Course:
         self._first = dict(self._attempts[0].probabilities)
         rounds = 0
         while True:
-            principles = self._gate.constitutions.principles(self._digest)
+            principles = self._gate.principles.by_digest(self._digest)
             for attempt in self._attempts:
                 self._seen.update(dict.fromkeys(in_doubt(self._rules, principles, attempt)))
             step = decide(self._mode, self._rules, principles, self._attempts, rounds)
@@ -124,27 +112,30 @@ class _Course:
                 return self._outcome(verdict, chosen.answer, rounds, chosen)
             self._seen[step.principle_id] = None
             if isinstance(step, Refuse):
-                language = self._gate.constitutions.current.language
-                answer = refusal(principles.get(step.principle_id), language)
+                answer = refusal(principles.get(step.principle_id), self._gate.principles.language)
                 return self._outcome(Verdict.REFUSED, answer, rounds, None)
             started = time.perf_counter()
-            revision = await self._gate.critic.revise(
-                self._conversation, chosen.answer, step.principle_id, None if seed is None else seed + rounds
+            revised = await self._gate.critic.revise(
+                self._conversation,
+                chosen.answer,
+                [step.principle_id],
+                rounds=1,
+                seed=None if seed is None else seed + rounds,
             )
             self._revise_seconds += time.perf_counter() - started
             rounds += 1
-            await self._assess(revision, step.principle_id)
+            await self._assess(revised.answer, step.principle_id)
 
     async def _assess(self, answer: str, revised_by: str) -> None:
         started = time.perf_counter()
-        assessed: Assessed = await self._gate.critic.assess(self._conversation, answer)
+        assessed = await _assess(self._gate.critic, self._conversation, answer)
         self._assess_seconds += time.perf_counter() - started
-        if assessed.constitution_digest != self._digest:
+        if assessed.source.constitution_digest != self._digest:
             # What an older constitution allowed is not accepted under the new one.
             self._attempts.clear()
-            self._digest = assessed.constitution_digest
-        self._critic_version = assessed.critic_version
-        self._attempts.append(Attempt(answer, assessed.probabilities, revised_by))
+            self._digest = assessed.source.constitution_digest
+        self._critic_version = assessed.source.model.version
+        self._attempts.append(Attempt(answer, _probabilities(assessed), revised_by))
 
     def _outcome(self, verdict: Verdict, answer: str, rounds: int, accepted: Attempt | None) -> Outcome:
         after = accepted.probabilities if accepted else {}
@@ -159,3 +150,15 @@ class _Course:
             self._assess_seconds,
             self._revise_seconds,
         )
+
+
+async def _assess(critic: CriticClient, conversation: Conversation, answer: str) -> Assessed:
+    assessed = await critic.assess(conversation, answer)
+    if not assessed.assessments:
+        # No opinion is no approval.
+        raise BackendError("the critic assessed by no principle; its constitution needs some for critique")
+    return assessed
+
+
+def _probabilities(assessed: Assessed) -> dict[str, float]:
+    return {a.principle_id: a.probability for a in assessed.assessments}

@@ -116,11 +116,11 @@ class Refuse:
 
 
 Decision = Accept | Revise | Refuse
-Principles = Mapping[str, Principle]
+Known = Mapping[str, Principle]
 """The constitution's principles by id. One that is missing here counts as the most important."""
 
 
-def threshold_of(rules: GuardRules, principles: Principles, principle_id: str) -> float:
+def threshold_of(rules: GuardRules, principles: Known, principle_id: str) -> float:
     """From which probability on this principle puts an answer in doubt."""
     known = principles.get(principle_id)
     if known is None:
@@ -128,7 +128,7 @@ def threshold_of(rules: GuardRules, principles: Principles, principle_id: str) -
     return rules.category_thresholds.get(known.category, rules.threshold)
 
 
-def in_doubt(rules: GuardRules, principles: Principles, attempt: Attempt) -> tuple[str, ...]:
+def in_doubt(rules: GuardRules, principles: Known, attempt: Attempt) -> tuple[str, ...]:
     """The principles that the attempt may break, worst first: by priority, then by probability."""
     doubtful = [
         i
@@ -140,7 +140,7 @@ def in_doubt(rules: GuardRules, principles: Principles, attempt: Attempt) -> tup
 
 
 def decide(
-    mode: GuardMode, rules: GuardRules, principles: Principles, attempts: Sequence[Attempt], rounds: int
+    mode: GuardMode, rules: GuardRules, principles: Known, attempts: Sequence[Attempt], rounds: int
 ) -> Decision:
     """The next step after `rounds` rounds, for at least one attempt; `mode` is gated or always.
 
@@ -157,28 +157,28 @@ def decide(
     return Revise(best, worst)
 
 
-def _priority(principles: Principles, principle_id: str) -> int:
+def _priority(principles: Known, principle_id: str) -> int:
     known = principles.get(principle_id)
     return known.priority if known else 0
 
 
-def _weighed(principles: Principles, attempt: Attempt, principle_id: str) -> float:
+def _weighed(principles: Known, attempt: Attempt, principle_id: str) -> float:
     known = principles.get(principle_id)
     probability = attempt.probabilities[principle_id]
     return (known.weight if known else 1.0) * (1.0 if math.isnan(probability) else probability)
 
 
-def _likeliest(principles: Principles, attempt: Attempt) -> str:
+def _likeliest(principles: Known, attempt: Attempt) -> str:
     return max(attempt.probabilities, key=lambda i: (_weighed(principles, attempt, i), i))
 
 
-def _badness(rules: GuardRules, principles: Principles, attempt: Attempt) -> tuple[bool, int, float]:
+def _badness(rules: GuardRules, principles: Known, attempt: Attempt) -> tuple[bool, int, float]:
     """Orders attempts: in doubt at all, by how important a principle, and the weighed sum of all."""
     doubtful = in_doubt(rules, principles, attempt)
     total = sum(_weighed(principles, attempt, i) for i in attempt.probabilities)
     return bool(doubtful), -_priority(principles, doubtful[0]) if doubtful else 0, total
 
 
-def _best(rules: GuardRules, principles: Principles, attempts: Sequence[Attempt]) -> int:
+def _best(rules: GuardRules, principles: Known, attempts: Sequence[Attempt]) -> int:
     """The least bad attempt; among equals the last, which was revised most."""
     return min(range(len(attempts)), key=lambda i: (_badness(rules, principles, attempts[i]), -i))

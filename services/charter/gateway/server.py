@@ -24,14 +24,14 @@ from charter.gateway.admission import Doorkeeper
 from charter.gateway.app import Gateway, build_app
 from charter.gateway.config import GatewayConfig
 from charter.gateway.contributions import Contributions
-from charter.gateway.critic import GrpcCritic
 from charter.gateway.gate import Gate
 from charter.gateway.keys import KeyFile
 from charter.gateway.metrics import GatewayMetrics
-from charter.gateway.principles import ConstitutionFile
+from charter.gateway.principles import Principles
 from charter.gateway.service import ChatService
 from charter.gateway.upstream import SingleUpstream, Upstreams
 from charter.lm.base import LanguageModel
+from charter.rpc.clients import CriticClient
 from charter.telemetry.logs import get_logger
 from charter.telemetry.metrics import ConstitutionMetrics
 
@@ -165,12 +165,14 @@ def _open_model(uri: str) -> LanguageModel:
 async def _open_gate(
     config: GatewayConfig, registry: CollectorRegistry, stack: AsyncExitStack
 ) -> Gate | None:
-    if not config.critic or config.constitution is None:
+    if not config.critic:
         return None
-    constitutions = ConstitutionFile(config.constitution, ConstitutionMetrics.of(registry))
-    critic = GrpcCritic(config.critic)
+    principles = Principles(config.constitution, ConstitutionMetrics.of(registry))
+    watching = asyncio.get_running_loop().create_task(principles.watch())
+    stack.callback(watching.cancel)
+    critic = CriticClient(config.critic)
     stack.push_async_callback(critic.close)
-    return Gate(critic, constitutions, config.rules)
+    return Gate(critic, principles, config.rules)
 
 
 async def _open_contributions(

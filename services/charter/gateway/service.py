@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from typing import TypeVar
 
-from charter.errors import BackendError, Overloaded
+from charter.errors import BackendError, CharterError, ContextOverflow, Overloaded
 from charter.gateway.answers import Answer, Call, Choice, Delta
 from charter.gateway.config import GatewayConfig
 from charter.gateway.contributions import Contribution, Contributions
@@ -31,7 +31,7 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 NO_LOGPROBS = "logprobs are null where a revision or a refusal took the place of the policy's own answer"
-CRITIC_AWAY = "the critic could not be reached, so the answer was not assessed"
+NOT_ASSESSED = "the critic could not read the answer, so it was not assessed"
 
 
 class Beat:
@@ -146,27 +146,39 @@ class ChatService:
         """What the guard makes of one draft, in the request's mode."""
         if call.mode is GuardMode.OFF or self.gate is None:
             return Outcome(Verdict.UNASSESSED, text)
-        messages = call.prompt.messages
         try:
             if call.mode is GuardMode.OBSERVE:
-                return await self.gate.observe(messages, text)
+                return await self.gate.observe(call.prompt.messages, text)
             seed = None if call.sampling.seed is None else call.sampling.seed + seed_offset
-            return await self.gate.hold(messages, text, call.mode, seed)
-        except (BackendError, Overloaded) as error:
-            log.warning("critic failed", reason=str(error), guard=call.mode.value)
-            if call.mode.holds_back and not self._config.fail_open:
-                raise unavailable(
-                    "The answer could not be checked against the constitution, since the critic cannot be "
-                    "reached just now, so it is withheld. Try again in a moment.",
-                    "guard_unavailable",
-                ) from error
+            return await self.gate.hold(call.prompt.messages, text, call.mode, seed)
+        except CharterError as error:
+            return self._unjudged(call, text, error)
+
+    def _unjudged(self, call: Call, text: str, error: CharterError) -> Outcome:
+        """What becomes of an answer that the critic could not read: nothing, where the guard holds back."""
+        log.warning("answer not assessed", reason=str(error), guard=call.mode.value)
+        if not call.mode.holds_back:
             return Outcome(Verdict.UNASSESSED, text)
+        if isinstance(error, ContextOverflow):
+            raise ContextOverflow(
+                "The conversation is too long for its answer to be checked against the constitution, so the "
+                "answer is withheld. Send fewer or shorter messages."
+            ) from error
+        if not isinstance(error, BackendError | Overloaded):
+            raise error
+        if self._config.fail_open:
+            return Outcome(Verdict.UNASSESSED, text)
+        raise unavailable(
+            "The answer could not be checked against the constitution, since the critic cannot be "
+            "reached just now, so it is withheld. Try again in a moment.",
+            "guard_unavailable",
+        ) from error
 
     def _finished(self, call: Call, answer: Answer) -> Answer:
         """Notes, training and metrics of an answer that is complete."""
         notes = []
         if call.mode is not GuardMode.OFF and answer.verdict is Verdict.UNASSESSED:
-            notes.append(CRITIC_AWAY)
+            notes.append(NOT_ASSESSED)
         replaced = any(c.outcome.verdict in (Verdict.REVISED, Verdict.REFUSED) for c in answer.choices)
         if call.logprobs and replaced:
             notes.append(NO_LOGPROBS)
