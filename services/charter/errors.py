@@ -12,6 +12,7 @@
     ├── BusError                the log refused an operation
     │   ├── Fenced              another process took over this consumer's place
     │   └── MalformedMessage    a message on a topic that cannot be understood
+    ├── TrainingStopped         a run diverged or drifted and stopped itself; the last good checkpoint holds
     └── Overloaded              a bounded queue is full
 
 A message says what happened, to which thing, and what to do.
@@ -66,6 +67,10 @@ class Fenced(BusError):
 
 class MalformedMessage(BusError):
     """A message on a topic cannot be understood; trying again will not help."""
+
+
+class TrainingStopped(CharterError):
+    """A training run diverged or drifted and stopped itself; the last good checkpoint stays in force."""
 
 
 class Overloaded(CharterError):
