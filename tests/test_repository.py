@@ -254,6 +254,19 @@ def test_every_make_target_in_the_documents_exists() -> None:
     assert unknown == set()
 
 
+def test_every_command_in_the_documents_exists() -> None:
+    from charter.cli import app
+
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    unknown = {
+        f"{path.name}: charter {command}"
+        for path in _documents()
+        for command in re.findall(r"(?:^|[`$/ ])charter ([a-z][a-z-]*)", _code(path), flags=re.MULTILINE)
+        if command not in known
+    }
+    assert unknown == set()
+
+
 def test_every_relative_link_in_the_documents_leads_somewhere() -> None:
     broken = [
         f"{path.name}: {link}"
