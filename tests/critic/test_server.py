@@ -102,13 +102,20 @@ async def test_a_changed_constitution_is_in_force_without_a_restart(path):
         assert len((await client.assess(ASKED, "x")).assessments) == 1
 
 
-async def test_sighup_reads_the_constitution_at_once(path):
-    registry = CollectorRegistry()
-    async with critic(path, Scripted(), registry) as client:
-        await client.assess(ASKED, "x")
+async def test_sighup_reads_the_constitutions_of_all_services_in_the_process(path):
+    first, second = CollectorRegistry(), CollectorRegistry()
+    done = {"service": "critic", "outcome": "done"}
+    async with critic(path, Scripted(), first):
+        async with critic(path, Scripted(), second):
+            await asyncio.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGHUP)
+            for registry in (first, second):
+                await until(
+                    lambda r=registry: r.get_sample_value("charter_constitution_reloads_total", done) == 1
+                )
         os.kill(os.getpid(), signal.SIGHUP)
-        labels = {"service": "critic", "outcome": "done"}
-        await until(lambda: registry.get_sample_value("charter_constitution_reloads_total", labels) == 1)
+        await until(lambda: first.get_sample_value("charter_constitution_reloads_total", done) == 2)
+    assert second.get_sample_value("charter_constitution_reloads_total", done) == 1
 
 
 @pytest.mark.parametrize("damage", ["no yaml: [", "name: tests\n", "gone", "no critique principle"])

@@ -81,6 +81,7 @@ async def test_sample_gives_n_answers_with_ids_logprobs_and_version():
     assert [c.text for c in response.completions] == ["Sure, then go"] * 3
     assert list(response.completions[0].token_ids) == [0, 1, 2]
     assert list(response.completions[0].logprobs) == [-0.5] * 3
+    assert [t.text for t in response.completions[0].tokens] == ["Sure, ", "then ", "go"]
     assert list(response.prompt_token_ids) == [1, 2, 3]
     assert response.model.version == "scripted"
     assert response.usage.completion_tokens == status.tokens_generated == 9

@@ -63,12 +63,15 @@ def test_an_empty_stop_string_is_refused():
 
 def test_a_completion_survives_the_wire():
     completion = base.Completion("hello", TOKENS, base.FinishReason.LENGTH, 3, 2, MODEL)
-    assert convert.completion_from_proto(convert.completion_to_proto(completion), MODEL, 3) == completion
+    assert (
+        convert.completion_from_proto(convert.completion_to_proto(completion, with_tokens=True), MODEL, 3)
+        == completion
+    )
 
 
 def test_a_completion_without_texts_keeps_ids_logprobs_and_kept_mass():
     completion = base.Completion("hello", TOKENS, base.FinishReason.STOP, 3, 2, MODEL)
-    back = convert.completion_from_proto(convert.completion_to_proto(completion, with_tokens=False), MODEL, 3)
+    back = convert.completion_from_proto(convert.completion_to_proto(completion), MODEL, 3)
     assert back.token_ids == (5, 7)
     assert back.logprobs == (-0.5, -0.125)
     assert [t.kept_log_mass for t in back.tokens] == [-0.25, 0.0]

@@ -101,9 +101,7 @@ class PolicyServicer(PolicyServiceServicer):
         version = samples.completions[0].model
         self._record("sample", version, started, (usage.prompt_tokens, usage.completion_tokens))
         return policy_pb2.SampleResponse(
-            completions=[
-                convert.completion_to_proto(c, sampling.top_logprobs > 0) for c in samples.completions
-            ],
+            completions=[convert.completion_to_proto(c, with_tokens=True) for c in samples.completions],
             prompt_token_ids=samples.prompt_token_ids,
             model=convert.version_to_proto(version),
             usage=usage,

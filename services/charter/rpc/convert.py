@@ -141,8 +141,8 @@ def finish_reason_from_proto(reason: types_pb2.FinishReason.ValueType) -> base.F
     return _REASON_FROM.get(reason)
 
 
-def completion_to_proto(completion: base.Completion, with_tokens: bool = True) -> types_pb2.Completion:
-    """A whole answer, for the wire; `with_tokens` adds each token's text and alternatives."""
+def completion_to_proto(completion: base.Completion, with_tokens: bool = False) -> types_pb2.Completion:
+    """A whole answer, for the wire or a topic; `with_tokens` adds each token's text and alternatives."""
     kept = [t.kept_log_mass for t in completion.tokens]
     return types_pb2.Completion(
         text=completion.text,

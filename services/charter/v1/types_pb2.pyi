@@ -216,7 +216,7 @@ class Completion(_message.Message):
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """filled where top_logprobs was asked for"""
+        """the same tokens with their texts; rollouts on the bus leave them out"""
 
     @_builtins.property
     def kept_log_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
