@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "services/charter"
 SERVICES = {"gateway", "policy", "sampler", "critic", "judge", "reward", "trainer", "publisher", "console"}
-# What puts services together is the only code that may know several of them.
-COMPOSERS = {"cli.py", "app"}
+# Only what puts services together, and what measures them, may know several.
+COMPOSERS = {"cli.py", "app", "evaluation"}
 SEED_WEIGHTS = "services/charter/seedmodel/weights/"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
