@@ -1,9 +1,9 @@
 """The questions that a feedback model is asked, as prompts, and how its replies are read.
 
 Four questions: *assess* (is this principle broken?), *critique*, *revise* and *compare*; and *more_like*,
-which asks for new red-team prompts. They are plain text for any instruction model; the seed model was taught the same words. What users and models wrote
-enters between tags, and cannot close its tag or open another (`quote`), so that it cannot pose as an
-instruction, another turn or another option.
+which asks for new red-team prompts. They are plain text for any instruction model; the seed model was
+taught the same words. What users and models wrote enters between tags, and cannot close its tag or open
+another (`quote`), so that it cannot pose as an instruction, another turn or another option.
 
 The material comes first and the principle last, so that the questions about one answer share a prefix.
 """
@@ -121,7 +121,7 @@ def compare(
 
 
 def more_like(requests: Sequence[str]) -> Prompt:
-    """Asks for another request of the same sort, as the paper's authors made red-team prompts (section 3.2)."""
+    """Asks for another request of the same sort, as the paper's authors made red-team prompts (3.2)."""
     material = "\n".join(f"<{_TAGS[Role.USER]}>{quote(r)}</{_TAGS[Role.USER]}>" for r in requests)
     return _prompt(f"{material}\nWrite one more request like these.")
 
