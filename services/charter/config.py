@@ -216,7 +216,7 @@ class _Builder:
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(siblings)}"
         return ConfigError(f"{origin}: unknown key '{path}'; {hint}")
 
-    def _value(self, kind: Any, node: _Node, path: str) -> Any:  # noqa: PLR0911 - one return for each kind
+    def _value(self, kind: Any, node: _Node, path: str) -> Any:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if dataclasses.is_dataclass(kind):
             return self._dataclass(cast(type, kind), node, path)
