@@ -44,7 +44,8 @@ _HOSTS = [
     "maven" + ".org", "maven" + ".apache.org", "proxy.go" + "lang.org", "crates" + ".io",
     "deb.deb" + "ian.org",
 ]  # fmt: skip
-_MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:" + "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me"]) + r")/(?!someone\b)\w")
+_HOMES = "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me"])
+_MACHINE_PATH = re.compile(rf"(?<![\w.~-])/(?:{_HOMES})/(?!someone\b)\w")
 
 
 def test_no_registry_host_or_path_of_one_machine_is_committed() -> None:
