@@ -64,7 +64,11 @@ def _digest(files: list[Path]) -> str:
 
 
 def checkpoint_folder(source: str, *, offline: bool = False) -> Path:
-    """The local folder of a checkpoint: the folder itself, or a hub id's files, fetched if need be."""
+    """The local folder of a checkpoint: the folder itself, `seed`, or a hub id's files, fetched if need be."""
+    if source == "seed":
+        from charter.seedmodel import WEIGHTS
+
+        source = str(WEIGHTS)
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
