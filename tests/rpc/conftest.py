@@ -33,6 +33,7 @@ class Policy(PolicyServiceServicer):
 
     def __init__(self):
         self.stop_after = 3
+        self.padding = ""
         self.error = None
         self.ended = asyncio.Event()
         self.cancelled = False
@@ -40,7 +41,7 @@ class Policy(PolicyServiceServicer):
     async def Generate(self, request, context) -> AsyncIterator[policy_pb2.GenerateResponse]:
         try:
             for i in range(self.stop_after):
-                yield policy_pb2.GenerateResponse(text=str(i))
+                yield policy_pb2.GenerateResponse(text=str(i) + self.padding)
                 await asyncio.sleep(0.005)
             if self.error:
                 raise self.error

@@ -233,3 +233,19 @@ async def test_cancelling_the_task_that_reads_a_stream_cancels_the_work_on_the_s
         with pytest.raises(asyncio.CancelledError):
             await task
     assert policy.cancelled
+
+
+async def test_a_reader_that_stops_reading_and_goes_away_frees_the_server_that_waits_to_send(
+    start, policy, registry
+):
+    policy.stop_after, policy.padding = 10**9, "x" * 1_000_000
+    async with await start() as server, rpc.channel(server.target) as channel:
+        stream = PolicyServiceStub(channel).Generate(policy_pb2.GenerateRequest())
+        await anext(stream)
+        await asyncio.sleep(0.3)  # the window of flow control is full: the server waits in its send
+        await stream.aclose()
+        await asyncio.wait_for(policy.ended.wait(), 5)
+        active = {"rpc_service": "charter.v1.PolicyService", "rpc_method": "Generate"}
+        while registry.get_sample_value("rpc_server_active_calls", active):
+            await asyncio.sleep(0.01)
+    assert policy.cancelled
