@@ -96,8 +96,8 @@ class SqliteBus:
             self._store.close()
             raise
 
-    def _open_store(self) -> _store.Store:
-        return _store.Store(self.path, self.options.synchronous, self.options.lock_timeout_s)
+    def _open_store(self, synchronous: str | None = None) -> _store.Store:
+        return _store.Store(self.path, synchronous or self.options.synchronous, self.options.lock_timeout_s)
 
     def _create_missing(self, specs: Sequence[TopicSpec]) -> None:
         existing = self.topics()
@@ -214,7 +214,9 @@ class SqliteBus:
         """The thread of this bus, started at the first use."""
         with self._lock:
             if self._heart is None:
-                self._heart = _Heart(self, self._open_store())
+                # Signs of life need not survive power loss, and a process that is stopped while it waits for
+                # the disk would hold the write lock.
+                self._heart = _Heart(self, self._open_store("normal"))
                 self._heart.start()
             return self._heart
 
@@ -430,7 +432,7 @@ class _Heart(threading.Thread):
 
     def run(self) -> None:
         """Beats until `stop`."""
-        next_housekeeping = time.monotonic()
+        next_housekeeping = time.monotonic() + self._bus.options.housekeeping_s
         while not self._stopping:
             consumers = self._bus.consumers()
             try:

@@ -43,27 +43,27 @@ def load_topics(path: Path = DEFAULT_FILE) -> tuple[TopicSpec, ...]:
     return tuple(_topic(path, name, fields) for name, fields in topics.items())
 
 
-def plan_topics(existing: dict[str, TopicSpec], specs: Sequence[TopicSpec]) -> list[TopicChange]:
+def plan_topics(existing: Mapping[str, TopicSpec], specs: Sequence[TopicSpec]) -> list[TopicChange]:
     """What has to change so that the topics are as `specs` say."""
-    changes: list[TopicChange] = []
-    for spec in specs:
-        now = existing.get(spec.name)
-        if now is None:
-            changes.append(TopicChange(spec.name, "create", f"{spec.partitions} partitions"))
-        elif now.partitions > spec.partitions:
-            detail = f"{now.partitions} partitions cannot become {spec.partitions}"
-            changes.append(TopicChange(spec.name, "refuse", detail))
-        elif now.partitions < spec.partitions:
-            detail = f"{now.partitions} to {spec.partitions}; keys move to other partitions"
-            changes.append(TopicChange(spec.name, "add partitions", detail))
-        elif now != spec:
-            changes.append(TopicChange(spec.name, "configure", _differences(now, spec)))
+    return [change for spec in specs for change in _changes(existing.get(spec.name), spec)]
+
+
+def _changes(now: TopicSpec | None, spec: TopicSpec) -> list[TopicChange]:
+    if now is None:
+        return [TopicChange(spec.name, "create", f"{spec.partitions} partitions")]
+    changes = []
+    if now.partitions > spec.partitions:
+        detail = f"{now.partitions} partitions cannot become {spec.partitions}"
+        return [TopicChange(spec.name, "refuse", detail)]
+    if now.partitions < spec.partitions:
+        detail = f"{now.partitions} to {spec.partitions}; keys move to other partitions"
+        changes.append(TopicChange(spec.name, "add partitions", detail))
+    pairs = {f.name: (getattr(now, f.name), getattr(spec, f.name)) for f in fields(TopicSpec)}
+    del pairs["partitions"]
+    detail = ", ".join(f"{name} {old} to {new}" for name, (old, new) in pairs.items() if old != new)
+    if detail:
+        changes.append(TopicChange(spec.name, "configure", detail))
     return changes
-
-
-def _differences(now: TopicSpec, spec: TopicSpec) -> str:
-    pairs = [(f.name, getattr(now, f.name), getattr(spec, f.name)) for f in fields(TopicSpec)]
-    return ", ".join(f"{name} {old} to {new}" for name, old, new in pairs if old != new)
 
 
 def _topic(path: Path, name: Any, fields: Any) -> TopicSpec:

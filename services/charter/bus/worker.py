@@ -138,7 +138,7 @@ class Worker:
         metrics: BusMetrics | None = None,
         room: Callable[[], bool] | None = None,
     ) -> None:
-        """Joins nothing yet; `run` does. While `room` says no, the worker takes no batch; it may ask the bus."""
+        """Joins nothing yet; `run` does. While `room` says no, no batch is taken; it may ask the bus."""
         self.group = group
         self.topics = tuple(topics)
         self.options = options or WorkerOptions()

@@ -1,0 +1,76 @@
+"""The logs of the conformance suite: the embedded one always, a real broker under `make test-kafka`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from charter.bus import Bus, Cleanup, ConsumerOptions, TopicSpec, open_bus
+from charter.bus.sqlite import SqliteBus, SqliteOptions
+
+KAFKA = os.environ.get("CHARTER_TEST_KAFKA") == "1"
+CHILD = [sys.executable, str(Path(__file__).with_name("child.py"))]
+
+
+@dataclass
+class Log:
+    """One log that several buses and processes may open, with topics of its own for each test."""
+
+    kind: str
+    uri: str
+    quick: ConsumerOptions = field(default_factory=lambda: ConsumerOptions(session_timeout_s=3.0))
+    """The shortest session that the log allows."""
+    opened: list[Bus] = field(default_factory=list)
+
+    def open(self) -> Bus:
+        bus = (
+            SqliteBus(Path(self.uri.removeprefix("sqlite:")), SqliteOptions(housekeeping_s=0.2))
+            if self.kind == "sqlite"
+            else open_bus(self.uri)
+        )
+        self.opened.append(bus)
+        return bus
+
+    def topic(
+        self,
+        partitions: int = 1,
+        retention_ms: int | None = None,
+        cleanup: Cleanup = Cleanup.DELETE,
+        max_message_bytes: int = 16 * 1024 * 1024,
+    ) -> str:
+        name = f"t-{uuid.uuid4().hex[:12]}"
+        spec = TopicSpec(
+            name, partitions, retention_ms=retention_ms, cleanup=cleanup, max_message_bytes=max_message_bytes
+        )
+        with open_bus(self.uri) as bus:
+            bus.apply_topics([spec])
+        return name
+
+    def group(self) -> str:
+        return f"g-{uuid.uuid4().hex[:12]}"
+
+    def child(self, *arguments: object) -> Sequence[str]:
+        """The command line of a process that uses this log (see child.py)."""
+        return [*CHILD, self.uri, *(str(argument) for argument in arguments)]
+
+
+@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)] if KAFKA else ["sqlite"])
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
+    if request.param == "kafka":
+        made = Log("kafka", request.getfixturevalue("kafka_uri"), ConsumerOptions(session_timeout_s=6.0))
+    else:
+        made = Log("sqlite", f"sqlite:{tmp_path / 'bus.db'}")
+    yield made
+    for bus in made.opened:
+        bus.close()
+
+
+@pytest.fixture
+def bus(log: Log) -> Bus:
+    return log.open()
