@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,7 @@ class GatewayConfig:
         return is_loopback(self.host)
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether `host` names this machine and nothing else."""
     if host.lower() == "localhost":

@@ -34,7 +34,7 @@ class GuardMode(enum.StrEnum):
     @property
     def strictness(self) -> int:
         """0 for off, rising."""
-        return list(GuardMode).index(self)
+        return _STRICTNESS[self]
 
     @property
     def holds_back(self) -> bool:
@@ -59,7 +59,11 @@ class Verdict(enum.StrEnum):
     @property
     def severity(self) -> int:
         """0 for unassessed, rising."""
-        return list(Verdict).index(self)
+        return _SEVERITY[self]
+
+
+_STRICTNESS = {mode: i for i, mode in enumerate(GuardMode)}
+_SEVERITY = {verdict: i for i, verdict in enumerate(Verdict)}
 
 
 @dataclass(frozen=True, slots=True)

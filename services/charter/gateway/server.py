@@ -197,6 +197,7 @@ def _server(gateway: Gateway) -> uvicorn.Server:
             log_config=None,
             access_log=False,  # the gateway writes one structured line for each request itself
             server_header=False,
+            proxy_headers=False,  # nothing here depends on the caller's address
             lifespan="off",
             timeout_keep_alive=75,  # longer than load balancers keep idle connections
             timeout_graceful_shutdown=int(gateway.config.drain_seconds) or 1,
