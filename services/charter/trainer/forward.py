@@ -228,11 +228,32 @@ def slot_values(model: nn.Module, micro: MicroBatch) -> Tensor:
     return values
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """For good and in either mode: a policy must give the same log-prob twice."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Layers forget their activations and compute them again; transformers does so in training mode only."""
+    name = "activation_checkpointing_enable"  # transformers 5; before, gradient_checkpointing_enable
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable()
+    if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
+        model.enable_input_require_grads()
+    model.train()
+
+
 def select_attention(model: Any, *, packed: bool) -> None:
     """Puts packed attention into a model, or the usual kind back."""
     if packed:
         register_packed_attention()
-    model.set_attn_implementation(PACKED_ATTENTION if packed else "sdpa")
+    usual = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    model.set_attn_implementation(PACKED_ATTENTION if packed else usual)
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ from charter.trainer.config import PPOConfig
 from charter.trainer.forward import (
     ValueModel,
     can_pack,
+    disable_dropout,
+    enable_checkpointing,
     logprobs_and_entropy,
     mean_entropy_with_gradient,
     places_of_actions,
@@ -102,14 +104,14 @@ class Updater:
         device = self.accelerator.device
         for model in (policy, value_model, reference):
             if model is not None:
-                model.to(device).eval()
+                disable_dropout(model.to(device).eval())
         self.packed = can_pack(policy)
         for model in (value_model.backbone, reference):
             if model is not None:
                 select_attention(model, packed=self.packed)
         if config.gradient_checkpointing:
-            policy.gradient_checkpointing_enable()
-            value_model.backbone.gradient_checkpointing_enable()
+            for model in (policy, value_model.backbone):
+                enable_checkpointing(model)
         if reference is not None:
             reference.requires_grad_(requires_grad=False)
         self.reference = reference
