@@ -74,6 +74,20 @@ def test_a_revision_that_passes_is_accepted_even_in_the_last_round():
     assert decide(GuardMode.GATED, RULES, KNOWN, attempts, 2) == Accept(2)
 
 
+def test_what_only_lacks_in_helpfulness_is_revised_and_never_refused():
+    attempts = [attempt(help=0.9), attempt("help", help=0.8)]
+    assert decide(GuardMode.GATED, RULES, KNOWN, attempts, 1) == Revise(1, "help")
+    assert decide(GuardMode.GATED, RULES, KNOWN, attempts, 2) == Accept(1)
+    assert decide(GuardMode.GATED, RULES, KNOWN, [attempt(tone=0.9), *attempts], 2) == Accept(2)
+    strict = GuardRules(max_rounds=2, revise_only=())
+    assert decide(GuardMode.GATED, strict, KNOWN, attempts, 2) == Refuse(1, "help")
+
+
+def test_a_refusal_names_what_it_is_for_and_not_the_missing_help():
+    attempts = [attempt(tone=0.9, help=0.99)] * 3
+    assert decide(GuardMode.GATED, RULES, KNOWN, attempts, 2) == Refuse(2, "tone")
+
+
 def test_always_revises_a_clean_draft_once_by_the_principle_it_comes_closest_to_breaking():
     assert decide(GuardMode.ALWAYS, RULES, KNOWN, [attempt()], 0) == Revise(0, "help")
 
@@ -116,10 +130,10 @@ probabilities = st.fixed_dictionaries({i: st.floats(0, 1) for i in CLEAN})
 @given(
     st.lists(probabilities, min_size=1, max_size=4), st.integers(0, 3), st.sampled_from(["gated", "always"])
 )
-def test_nothing_in_doubt_is_ever_accepted_and_every_course_ends(tried, rounds, mode):
+def test_nothing_in_grave_doubt_is_ever_accepted_and_every_course_ends(tried, rounds, mode):
     attempts = [Attempt(str(i), p, "harm" if i else "") for i, p in enumerate(tried)]
     step = decide(GuardMode(mode), RULES, KNOWN, attempts, rounds)
     if isinstance(step, Accept):
-        assert in_doubt(RULES, KNOWN, attempts[step.attempt]) == ()
+        assert {KNOWN[i].category for i in in_doubt(RULES, KNOWN, attempts[step.attempt])} <= {"helpfulness"}
     if isinstance(step, Revise):
         assert rounds < RULES.max_rounds

@@ -40,6 +40,8 @@ class Outcome:
 
     verdict: Verdict
     answer: str
+    replaced: bool = False
+    """Whether the answer is not the draft: a revision or the refusal took its place."""
     rounds: int = 0
     principles: tuple[Involved, ...] = ()
     constitution_digest: str = ""
@@ -66,11 +68,10 @@ class Gate:
         return Outcome(
             Verdict.FLAGGED if doubtful else Verdict.PASSED,
             answer,
-            0,
-            tuple(Involved(i, p := probabilities[i], p) for i in doubtful),
-            assessed.source.constitution_digest,
-            assessed.source.model.version,
-            time.perf_counter() - started,
+            principles=tuple(Involved(i, p := probabilities[i], p) for i in doubtful),
+            constitution_digest=assessed.source.constitution_digest,
+            critic_version=assessed.source.model.version,
+            assess_seconds=time.perf_counter() - started,
         )
 
     async def hold(
@@ -109,6 +110,8 @@ class _Course:
             chosen = self._attempts[step.attempt]
             if isinstance(step, Accept):
                 verdict = Verdict.REVISED if chosen.revised_by else Verdict.PASSED
+                if in_doubt(self._rules, principles, chosen):
+                    verdict = Verdict.FLAGGED
                 return self._outcome(verdict, chosen.answer, rounds, chosen)
             self._seen[step.principle_id] = None
             if isinstance(step, Refuse):
@@ -143,6 +146,7 @@ class _Course:
         return Outcome(
             verdict,
             answer,
+            accepted is None or bool(accepted.revised_by),
             rounds,
             involved,
             self._digest,

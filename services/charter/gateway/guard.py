@@ -5,7 +5,8 @@
                                                      (no more rounds) ──► refuse, and say which kind
 
 Every revision is assessed by *all* principles, so that mending one cannot quietly break another, and the
-best attempt wins, not the last.
+best attempt wins, not the last. Where only helpfulness stays in doubt, the best attempt is given, since a
+refusal helps even less.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Verdict(enum.StrEnum):
     PASSED = "passed"
     """The draft, as the policy wrote it, broke nothing."""
     FLAGGED = "flagged"
-    """In doubt, and given all the same: the mode only observes."""
+    """In doubt, and given all the same: the mode only observes, or a refusal would be no better."""
     REVISED = "revised"
     """What was given is a revision that broke nothing."""
     REFUSED = "refused"
@@ -76,6 +77,8 @@ class GuardRules:
     """Other thresholds for principles of these categories."""
     max_rounds: int = 3
     """Rounds of critique and revision before the refusal; at least 1."""
+    revise_only: tuple[str, ...] = ("helpfulness",)
+    """Categories that ask for revisions and never for the refusal, which would break them all the more."""
 
     def __post_init__(self) -> None:
         for name, value in (("threshold", self.threshold), *self.category_thresholds.items()):
@@ -155,10 +158,10 @@ def decide(
     owes_a_round = mode is GuardMode.ALWAYS and rounds == 0
     if not doubtful and not owes_a_round:
         return Accept(best)
-    worst = doubtful[0] if doubtful else _likeliest(principles, attempts[best])
-    if rounds >= rules.max_rounds:
-        return Refuse(best, worst)
-    return Revise(best, worst)
+    if rounds < rules.max_rounds:
+        return Revise(best, doubtful[0] if doubtful else _likeliest(principles, attempts[best]))
+    grave = _grave(rules, principles, doubtful)
+    return Refuse(best, grave[0]) if grave else Accept(best)
 
 
 def _priority(principles: Known, principle_id: str) -> int:
@@ -176,11 +179,17 @@ def _likeliest(principles: Known, attempt: Attempt) -> str:
     return max(attempt.probabilities, key=lambda i: (_weighed(principles, attempt, i), i))
 
 
-def _badness(rules: GuardRules, principles: Known, attempt: Attempt) -> tuple[bool, int, float]:
-    """Orders attempts: in doubt at all, by how important a principle, and the weighed sum of all."""
+def _grave(rules: GuardRules, principles: Known, doubtful: Sequence[str]) -> list[str]:
+    """Those of the doubtful principles for which an answer is rather refused than given."""
+    return [i for i in doubtful if i not in principles or principles[i].category not in rules.revise_only]
+
+
+def _badness(rules: GuardRules, principles: Known, attempt: Attempt) -> tuple[bool, bool, int, float]:
+    """Orders attempts: in grave doubt, in any, by how important a principle, by the weighed sum of all."""
     doubtful = in_doubt(rules, principles, attempt)
+    grave = _grave(rules, principles, doubtful)
     total = sum(_weighed(principles, attempt, i) for i in attempt.probabilities)
-    return bool(doubtful), -_priority(principles, doubtful[0]) if doubtful else 0, total
+    return bool(grave), bool(doubtful), -_priority(principles, doubtful[0]) if doubtful else 0, total
 
 
 def _best(rules: GuardRules, principles: Known, attempts: Sequence[Attempt]) -> int:

@@ -179,8 +179,7 @@ class ChatService:
         notes = []
         if call.mode is not GuardMode.OFF and answer.verdict is Verdict.UNASSESSED:
             notes.append(NOT_ASSESSED)
-        replaced = any(c.outcome.verdict in (Verdict.REVISED, Verdict.REFUSED) for c in answer.choices)
-        if call.logprobs and replaced:
+        if call.logprobs and any(c.outcome.replaced for c in answer.choices):
             notes.append(NO_LOGPROBS)
         training = self._contribute(call, answer) if call.train else None
         if notes or training:
@@ -198,7 +197,7 @@ class ChatService:
                 policy=answer.policy,
                 constitution_digest=choice.outcome.constitution_digest,
                 principle_ids=tuple(p.id for p in choice.outcome.principles)
-                if choice.outcome.verdict in (Verdict.REVISED, Verdict.REFUSED)
+                if choice.outcome.replaced
                 else (),
             )
             for i, choice in enumerate(answer.choices)
@@ -248,7 +247,7 @@ class _Written:
 
 
 def _choice(completion: Completion, outcome: Outcome) -> Choice:
-    if outcome.verdict in (Verdict.REVISED, Verdict.REFUSED):
+    if outcome.replaced:
         return Choice(outcome, (), FinishReason.STOP)
     return Choice(outcome, _visible(completion), completion.finish_reason)
 
