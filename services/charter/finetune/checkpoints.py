@@ -77,7 +77,7 @@ def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 def _end_of_answer(tokenizer: Any, codec: ChatCodec) -> int:
-    """What the template writes after the assistant's turn, where it ends answers; else the tokenizer's eos."""
+    """What the template writes after an answer, where that ends answers; else the tokenizer's eos."""
     if getattr(tokenizer, "chat_template", None):
         marker = "charteranswer"
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]

@@ -79,7 +79,7 @@ def arguments(config: TuningConfig, work: Path) -> dict[str, Any]:
 
 
 def adapters(config: TuningConfig, task: str, keep: tuple[str, ...] = ()) -> Any:
-    """PEFT's configuration, or None where all weights are tuned; `keep` names heads that are trained whole."""
+    """PEFT's configuration, or None where all weights are tuned; `keep`: heads that are trained whole."""
     lora = config.lora
     if not lora.rank:
         return None
@@ -185,7 +185,7 @@ def train(trainer: Any, watch: Watch, work: Path) -> None:
 
 
 def merged(trainer: Any) -> Any:
-    """The trained model as one set of weights, adapters included. Raises `ConfigError` if it is not finite."""
+    """The trained model as one set of weights, adapters merged. Raises `ConfigError` if it is not finite."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()

@@ -24,7 +24,7 @@ class OwnAnswers:
     def __post_init__(self) -> None:
         if self.share < 0 or self.temperature < 0 or self.max_tokens < 1 or self.concurrency < 1:
             raise ConfigError(
-                f"own answers need share >= 0, temperature >= 0, max_tokens >= 1, concurrency >= 1, not {self}"
+                f"{self} cannot work: share and temperature must not be negative, the others at least 1"
             )
 
 

@@ -10,41 +10,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from charter.errors import CheckpointError, ConfigError, ContextOverflow
-from charter.lm.base import ChatMessage, Conversation, FinishReason, LanguageModel, Prompt, Role, Sampling
+from charter.errors import CheckpointError, ContextOverflow
+from charter.lm.base import Conversation, FinishReason, LanguageModel, Prompt, Sampling
 from charter.sft.config import OwnAnswers
-
-
-def read_prompts(paths: Sequence[Path]) -> list[Conversation]:
-    """Helpful prompts: JSON lines with `prompt` or `messages`, or a text file with a prompt in each line."""
-    found: list[Conversation] = []
-    for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); name a file of helpful prompts") from error
-        as_json = path.suffix in (".jsonl", ".json")
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                found.append(_from_json(f"{path}:{number}", line) if as_json else _asked(line.strip()))
-    return found
-
-
-def _asked(text: str) -> Conversation:
-    return (ChatMessage(Role.USER, text),)
-
-
-def _from_json(where: str, line: str) -> Conversation:
-    try:
-        record = json.loads(line)
-        if "messages" in record:
-            return tuple(ChatMessage(Role(m["role"]), str(m["content"])) for m in record["messages"])
-        return _asked(str(record["prompt"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f'{where}: is no helpful prompt ({error!r}); write {{"prompt": "…"}}, or '
-            '{"messages": [{"role": "user", "content": "…"}]}'
-        ) from error
 
 
 async def sample(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from charter.bus import Bus
 
 TOPIC = "revisions"
-_COLUMNS = ("revision_id", "prompt_id", "conversation", "draft", "rounds")
+_COLUMNS = ("revision_id", "prompt_id", "conversation", "draft", "rounds", "constitution_digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Revision:
     conversation: Conversation
     draft: str
     final: str
+    constitution_digest: str = ""
 
     @property
     def changed(self) -> bool:
@@ -39,7 +40,7 @@ class Revision:
 
 
 def choose(revisions: Iterable[Revision], limit: int, *, keep_unchanged: bool, seed: int) -> list[Revision]:
-    """At most `limit` revisions (0: all) in a random order; changed ones first, empty ones and copies never."""
+    """At most `limit` revisions (0: all), shuffled; changed ones first, empty ones and copies never."""
     distinct = {
         (r.conversation, r.final): r
         for r in sorted(revisions, key=lambda r: r.revision_id, reverse=True)
@@ -64,7 +65,7 @@ def read_parquet(paths: Sequence[Path]) -> Iterator[Revision]:
             table = parquet.read_table(file, columns=list(_COLUMNS))
         except (ArrowException, OSError, KeyError) as error:
             raise ConfigError(
-                f"{file} is not a Parquet file of revisions with the columns {', '.join(_COLUMNS)} ({error}); "
+                f"{file} is not a Parquet file with the columns {', '.join(_COLUMNS)} ({error}); "
                 "make one with `charter redteam`"
             ) from error
         yield from (from_row(row) for row in table.to_pylist())
@@ -91,6 +92,7 @@ def from_row(row: Mapping[str, Any]) -> Revision:
         conversation=tuple(ChatMessage(Role(m["role"]), m["content"]) for m in row["conversation"]),
         draft=row["draft"],
         final=rounds[-1]["revision"] if rounds else row["draft"],
+        constitution_digest=row["constitution_digest"],
     )
 
 
@@ -114,5 +116,12 @@ def read_bus(bus: Bus) -> Iterator[Revision]:
                 except (MalformedMessage, RequestError):
                     continue
                 final = event.rounds[-1].revision if event.rounds else event.draft
-                yield Revision(event.revision_id, event.prompt_id, conversation, event.draft, final)
+                yield Revision(
+                    revision_id=event.revision_id,
+                    prompt_id=event.prompt_id,
+                    conversation=conversation,
+                    draft=event.draft,
+                    final=final,
+                    constitution_digest=event.constitution_digest,
+                )
             offset = records[-1].offset + 1
