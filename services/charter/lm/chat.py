@@ -121,7 +121,7 @@ class ChatCodec:
         """The ids of text in which nothing is special, whatever it says."""
         if not text:
             return []
-        ids = self._plain(text)
+        ids: list[int] = self._plain(text)
         if not self.control_ids.intersection(ids):
             return ids
         # An added token that is not flagged special, or a normaliser that made one: letter by letter.

@@ -64,7 +64,7 @@ def _digest(files: list[Path]) -> str:
 
 
 def checkpoint_folder(source: str, *, offline: bool = False) -> Path:
-    """The local folder of a checkpoint: the folder itself, `seed`, or a hub id's files, fetched if need be."""
+    """The local folder of a checkpoint: the folder, `seed`, or a hub id's files, fetched if need be."""
     if source == "seed":
         from charter.seedmodel import WEIGHTS
 

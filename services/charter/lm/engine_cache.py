@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 _COLUMN_STEP = 64
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """Keys and values of up to `max_rows` answers; buffers grow with need.
 
     Before a forward pass say what it is: `begin_packed` (new prompts, laid out by `engine_pack`) or

@@ -103,7 +103,8 @@ class Runner:
     def abandon(self, error: BaseException, outbox: Outbox) -> None:
         """Fails every request; the runner is empty afterwards."""
         self._sort_arrivals()
-        outbox += [(r.inbox, error) for r in (*self._active, *self._queue, *self._scorings)]
+        requests: list[Answer | Scoring] = [*self._active, *self._queue, *self._scorings]
+        outbox += [(r.inbox, error) for r in requests]
         self._active.clear()
         self._queue.clear()
         self._scorings.clear()

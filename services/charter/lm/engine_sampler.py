@@ -19,6 +19,9 @@ from torch import Tensor
 
 from charter.lm.base import Sampling
 
+_RANKED = 64
+"""Tokens ranked at first for top_p; a whole sort only where they hold too little mass."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -108,15 +111,23 @@ def _invert(logp: Tensor, uniform: Tensor) -> Tensor:
 
 def _truncate(logp: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs after top_k and then top_p, renormalised, and the log of the mass that was kept."""
-    ranked, order = logp.sort(-1, descending=True, stable=True)
-    mass = ranked.double().exp()
-    within_k = torch.arange(logp.shape[-1], device=logp.device) < top_k
+    vocabulary = logp.shape[-1]
+    whole = (top_k >= vocabulary) & (top_p >= 1)  # rows that asked for no cut
+    width = min(vocabulary, _RANKED)
+    while True:
+        ranked, order = logp.topk(width, -1)
+        mass = ranked.double().exp()
+        # Enough of the ranking is known when it covers top_k, or the mass that top_p can ask for.
+        if width == vocabulary or bool(
+            (whole | (top_k <= width) | (mass.sum(-1, keepdim=True) > top_p)).all()
+        ):
+            break
+        width = vocabulary
+    within_k = torch.arange(width, device=logp.device) < top_k
     mass = torch.where(within_k, mass, 0.0)
-    before = mass.cumsum(-1) - mass
-    keep_ranked = within_k & (before < top_p * mass.sum(-1, keepdim=True))
+    total = torch.where(top_k >= vocabulary, 1.0, mass.sum(-1, keepdim=True))
+    keep_ranked = within_k & (mass.cumsum(-1) - mass < top_p * total)
     kept = torch.where(keep_ranked, mass, 0.0).sum(-1, keepdim=True).log().clamp_(max=0.0)
-    keep = torch.zeros_like(keep_ranked).scatter_(1, order, keep_ranked)
-    whole = (top_k >= logp.shape[-1]) & (top_p >= 1)  # rows that asked for no cut
-    kept = torch.where(whole, 0.0, kept)
+    keep = torch.zeros_like(logp, dtype=torch.bool).scatter_(1, order, keep_ranked)
     cut = torch.where(keep, logp.double() - kept, -torch.inf).float()
-    return torch.where(whole, logp, cut), kept[:, 0]
+    return torch.where(whole, logp, cut), torch.where(whole, 0.0, kept)[:, 0]

@@ -1,0 +1,162 @@
+"""What the HTTP backends share: requests that fail as our errors, and contents without control words.
+
+A remote server tokenises text, and most recognise special tokens in what users wrote. The words that
+chat formats use for control are therefore broken up by a space (`defused`) before they leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import aiohttp
+
+from charter.errors import (
+    BackendError,
+    BackendUnavailable,
+    BackendUnsupported,
+    ConfigError,
+    ContextOverflow,
+    Overloaded,
+    RequestError,
+)
+from charter.lm.base import ChatMessage, Conversation
+
+T = TypeVar("T")
+
+_CONTROL = re.compile(
+    r"<(?=[|｜][^<>\n]{1,60}[|｜]>|/?s>|/?SYS>>|<SYS>>|(?:start|end)_of_turn>|/?(?:bos|eos|pad|unk)>)"
+    r"|\[(?=/?INST\])"
+)
+_OVERFLOW = re.compile(r"context length|max_total_tokens|max_input_tokens|must have less than|too long", re.I)
+
+
+def defused(text: str) -> str:
+    """The text with control words of common chat formats broken up: `<|end|>` becomes `< |end|>`."""
+    return _CONTROL.sub(lambda m: m.group() + " ", text)
+
+
+def turns(messages: Conversation) -> list[dict[str, str]]:
+    """A conversation as JSON, contents defused; raises `RequestError` for an empty one."""
+    if not messages:
+        raise RequestError("the conversation is empty; it needs at least one message")
+    return [_turn(m) for m in messages]
+
+
+def _turn(message: ChatMessage) -> dict[str, str]:
+    return {"role": message.role.value, "content": defused(message.content)}
+
+
+class HttpServer:
+    """A server that speaks JSON; its session is made in the loop that first uses it."""
+
+    def __init__(self, base: str, *, api_key: str = "", timeout_s: float = 120.0) -> None:
+        if timeout_s <= 0:
+            raise ConfigError(f"timeout_s is {timeout_s}; give seconds above 0")
+        self.base = base
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                timeout=self._timeout,
+                connector=aiohttp.TCPConnector(limit=0),  # the caller's own limits decide
+            )
+        return self._session
+
+    async def get(self, path: str) -> Any:
+        """The JSON at a path."""
+        return await self._json("GET", path, None)
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that answers a JSON body."""
+        return await self._json("POST", path, body)
+
+    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        try:
+            async with self._open().request(method, f"{self.base}{path}", json=body) as response:
+                text = await response.text()
+                if response.status >= 400:
+                    raise http_error(response.status, text, f"{self.base}{path}")
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise unreachable(self.base, e) from e
+        try:
+            return json.loads(text)
+        except ValueError as e:
+            raise BackendError(f"{self.base}{path} answered with something that is not JSON") from e
+
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """The JSON of each server-sent event up to `[DONE]`; closing the iterator hangs up."""
+        try:
+            async with self._open().post(f"{self.base}{path}", json=body) as response:
+                if response.status >= 400:
+                    raise http_error(response.status, await response.text(), f"{self.base}{path}")
+                async for line in response.content:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    yield json.loads(data)
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise unreachable(self.base, e) from e
+
+    async def close(self) -> None:
+        """Closes the connections; safe to repeat."""
+        if self._session is not None:
+            await self._session.close()
+
+
+def unreachable(base: str, error: BaseException) -> BackendUnavailable:
+    """The server cannot be reached, or broke off."""
+    return BackendUnavailable(
+        f"{base} cannot be reached or broke off ({type(error).__name__}: {error}); is the server running?"
+    )
+
+
+def http_error(status: int, text: str, where: str) -> Exception:
+    """What an HTTP status means in our tree, with the server's own words."""
+    said = _message(text)
+    if status in (400, 413, 422) and _OVERFLOW.search(said):
+        return ContextOverflow(f"{where} says: {said}")
+    if status == 429:
+        return Overloaded(f"{where} is overloaded: {said}")
+    if status in (502, 503, 504):
+        return BackendUnavailable(f"{where} is unavailable now ({status}): {said}")
+    if status in (404, 405, 501):
+        return BackendUnsupported(f"{where} does not offer this ({status}): {said}")
+    if status in (400, 422):
+        return RequestError(f"{where} refused the request: {said}")
+    return BackendError(f"{where} failed with {status}: {said}")
+
+
+def _message(text: str) -> str:
+    try:
+        found = json.loads(text)
+        for key in ("error", "detail", "message"):
+            inner = found.get(key) if isinstance(found, dict) else None
+            if isinstance(inner, dict):
+                inner = inner.get("message")
+            if inner:
+                return str(inner)[:500]
+    except ValueError:
+        pass
+    return text[:500]
+
+
+async def gathered(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; the first failure, or being cancelled, cancels the rest and waits for them to end."""
+    tasks = [asyncio.ensure_future(c) for c in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
