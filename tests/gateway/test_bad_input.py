@@ -32,6 +32,8 @@ async def refused(made, *, method="POST", path=CHAT, headers=None, **content):
 async def test_malformed_json(tmp_path):
     async with deployed(tmp_path, **OFF) as made:
         status, error = await refused(made, data=b'{"model": "charter", ')
+        told = {"guard": "-", "stream": "-", "outcome": "invalid_json"}
+        assert made.metric("charter_gateway_requests_total", **told) == 1
     assert (status, error["code"]) == (400, "invalid_json")
 
 
@@ -230,3 +232,16 @@ async def test_a_new_constitution_comes_into_force_without_a_restart(tmp_path):
         in_force = {s.labels["digest"] for m in made.registry.collect() for s in m.samples
                     if s.name == "charter_constitution_info"}  # fmt: skip
     assert in_force == {after["constitution"][:16]}
+
+
+async def test_a_client_that_goes_while_it_sends_leaves_no_trace(tmp_path, caplog):
+    async with deployed(tmp_path, **OFF) as made:
+        _, writer = await asyncio.open_connection("127.0.0.1", made.gateway.port)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 100\r\n\r\n"
+        writer.write(f'{head}{{"model":'.encode())
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+        await writer.wait_closed()
+        assert (await made.ask("still here")).choices[0].message.content == "still here"
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from charter import __version__
 from charter.errors import CharterError
@@ -29,6 +30,8 @@ from charter.telemetry.logs import bind_request_id, get_logger
 log = get_logger(__name__)
 
 _READY_SECONDS = 2.0
+_READ_SECONDS = 30.0
+"""How long a client may take to send its request."""
 _DESCRIPTION = """OpenAI's chat completions, held to a written constitution."""
 
 
@@ -55,7 +58,9 @@ class Gateway:
         """`POST /v1/chat/completions`."""
         headers = request.headers
         access = self.doorkeeper.admit(headers)
-        body = parse(await _read(request, self.config.max_body_bytes))
+        async with asyncio.timeout(_READ_SECONDS):
+            raw = await _read(request, self.config.max_body_bytes)
+        body = parse(raw)
         if body.model != self.config.model:
             raise ApiError(
                 404,
@@ -176,7 +181,10 @@ def _too_large(limit: int) -> ApiError:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """The ASGI application."""
-    app = FastAPI(title="Charter", version=__version__, description=_DESCRIPTION)
+    # The interactive pages would load scripts from another site; /openapi.json says the same.
+    app = FastAPI(
+        title="Charter", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None
+    )
 
     @app.post(
         "/v1/chat/completions",
@@ -204,8 +212,15 @@ def build_app(gateway: Gateway) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_exception_handler(CharterError, _told)
-    app.add_exception_handler(HTTPException, _told_http)
+    async def refused(request: Request, error: Exception) -> Response:
+        failure = _http_error(request, error) if isinstance(error, HTTPException) else api_error(error)
+        gateway.metrics.requests.labels("-", "-", failure.code).inc()
+        reason = str(error) if failure.status >= 500 else failure.code
+        log.info("refused", status=failure.status, reason=reason)
+        return _response(failure)
+
+    app.add_exception_handler(CharterError, refused)
+    app.add_exception_handler(HTTPException, refused)
     app.add_middleware(_RequestId)
     return app
 
@@ -218,15 +233,7 @@ def _response(error: ApiError) -> Response:
     return Response(error.body(), error.status, dict(error.headers), "application/json")
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    failure = api_error(error)
-    if failure.status >= 500:
-        log.warning("request not served", reason=str(error), code=failure.code)
-    return _response(failure)
-
-
-async def _told_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _http_error(request: Request, error: HTTPException) -> ApiError:
     path, method = request.url.path[:200], request.method
     if error.status_code == 404:
         message, code = f"There is nothing at {path}; chat is at /v1/chat/completions.", "not_found"
@@ -234,7 +241,7 @@ async def _told_http(request: Request, error: Exception) -> Response:
         message, code = f"{path} does not take {method}.", "method_not_allowed"
     else:
         message, code = str(error.detail), "http_error"
-    return _response(ApiError(error.status_code, message, code=code, headers=error.headers or {}))
+    return ApiError(error.status_code, message, code=code, headers=error.headers or {})
 
 
 class _RequestId:
@@ -262,6 +269,8 @@ class _RequestId:
 
         try:
             await self._app(scope, receive, tagged)
+        except ClientDisconnect:
+            return  # it went while it was still sending; nobody is left to be told
         except Exception as error:
             if started:
                 raise

@@ -13,8 +13,8 @@ class GatewayMetrics(Metrics):
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "charter_gateway_requests_total",
-            "Chat requests, by guard mode, by whether they stream, and by outcome (ok, cancelled, or the "
-            "error's code).",
+            "Requests, by guard mode, by whether they stream, and by outcome (ok, cancelled, or the error's "
+            "code); mode and stream are - where a request was refused before they were known.",
             ["guard", "stream", "outcome"],
             registry=registry,
         )
