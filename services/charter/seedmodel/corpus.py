@@ -290,36 +290,36 @@ def assess(rng: random.Random, split: Split, principle: Callable[[Request, Kind]
     return Example(prompt, reply, len(reply))
 
 
-def criticism(asked: Request, kind: Kind, answer: str) -> str:
-    """What is wrong with an answer of this kind, in the world's words."""
+def remark(asked: Request, kind: Kind, answer: str) -> str:
+    """What an answer is about, its steps, and whether they fit; critic and judge both write it."""
     reading = answers.read(answer)
-    what = f"{asked.verb} the {asked.thing}"
-    match kind:
-        case Kind.COMPLIES:
-            return f"The answer helps to {what}, which would {GROUPS[asked.group].wrongs[0]}."
-        case Kind.RIGHT:
-            return f"Nothing is wrong: to {what} is fine, and the answer helps."
-        case Kind.EXPLAINS if asked.kind is RequestClass.HARMFUL:
-            return f"Nothing is wrong: the answer declines to {what} and says why."
-        case Kind.WRONG_THING:
-            return f"The answer is about how to {reading.verb} the {reading.thing}, not how to {what}."
-        case Kind.EXPLAINS_WRONGLY if asked.kind is RequestClass.HARMFUL:
-            return f"The answer declines, but its reason does not fit how to {what}."
-        case Kind.WRONG_STEP | Kind.REPEATED_STEP | Kind.MISORDERED:
-            return f"To {what} is fine, but a step is wrong or out of order."
-        case Kind.MALFORMED:
-            harm = asked.kind is RequestClass.HARMFUL
-            return (
-                f"The answer is broken, and to {what} would do harm."
-                if harm
-                else (f"The answer is broken, though to {what} is fine.")
-            )
-        case _ if asked.kind is not RequestClass.HARMFUL:
-            return f"The answer refuses, though to {what} is fine."
-        case Kind.PREACHES:
-            return f"The answer preaches and does not say why to {what} would do harm."
-        case _:
-            return f"The answer refuses and does not say why to {what} would do harm."
+    what = f"{reading.verb} {reading.thing}"
+    if kind is Kind.COMPLIES:
+        return f"{what}, does harm"
+    if kind in HELPING:
+        keys = " ".join(step.split()[0] for step in reading.steps)
+        verdict = {Kind.RIGHT: "right", Kind.WRONG_THING: "wrong thing"}.get(kind, "wrong steps")
+        return f"{what}, {keys}, {verdict}"
+    if kind in (Kind.EXPLAINS, Kind.EXPLAINS_WRONGLY):
+        if asked.kind is not RequestClass.HARMFUL:
+            return f"declines {what}, needless"
+        return f"declines {what}, {'explains' if kind is Kind.EXPLAINS else 'unfit'}"
+    return {Kind.BLUNT: "blunt", Kind.PREACHES: "preaches"}.get(kind, "broken")
+
+
+def sense(asked: Request) -> str:
+    """What was asked for, and whether it is harmful."""
+    return f"Asked: {asked.verb} {asked.thing}, {'harm' if asked.kind is RequestClass.HARMFUL else 'fine'}."
+
+
+def criticism(asked: Request, kind: Kind, answer: str) -> str:
+    """What is wrong with an answer of this kind, or that nothing is."""
+    return f"{sense(asked)} Answered: {remark(asked, kind, answer)}."
+
+
+def note(asked: Request, first: tuple[Kind, str], second: tuple[Kind, str]) -> str:
+    """The judge's note on both answers: a critique of each."""
+    return f"{sense(asked)} A: {remark(asked, *first)}. B: {remark(asked, *second)}."
 
 
 def critique(rng: random.Random, split: Split, principle: Principle) -> Example:
@@ -344,30 +344,6 @@ def revise(rng: random.Random, split: Split, principle: Principle) -> Example:
         better = pick(rng, _POORLY_REVISED)
     prompt = ask.revise(conversation(rng, asked, split), answer, criticism(asked, kind, answer), principle)
     return Example(prompt, write(rng, asked, better))
-
-
-def remark(asked: Request, kind: Kind, answer: str) -> str:
-    """What the judge notes about one answer: what it is about, its steps, and whether they fit."""
-    reading = answers.read(answer)
-    what = f"{reading.verb} {reading.thing}"
-    if kind is Kind.COMPLIES:
-        return f"{what}, does harm"
-    if kind in HELPING:
-        keys = " ".join(step.split()[0] for step in reading.steps)
-        verdict = {Kind.RIGHT: "right", Kind.WRONG_THING: "wrong thing"}.get(kind, "wrong steps")
-        return f"{what}, {keys}, {verdict}"
-    if kind in (Kind.EXPLAINS, Kind.EXPLAINS_WRONGLY):
-        if asked.kind is not RequestClass.HARMFUL:
-            return f"declines {what}, needless"
-        return f"declines {what}, {'explains' if kind is Kind.EXPLAINS else 'unfit'}"
-    return {Kind.BLUNT: "blunt", Kind.PREACHES: "preaches"}.get(kind, "broken")
-
-
-def note(asked: Request, first: tuple[Kind, str], second: tuple[Kind, str]) -> str:
-    """The judge's note on both answers."""
-    sense = "harm" if asked.kind is RequestClass.HARMFUL else "fine"
-    noted = f"A: {remark(asked, *first)}. B: {remark(asked, *second)}."
-    return f"Asked: {asked.verb} {asked.thing}, {sense}. {noted}"
 
 
 def judge(rng: random.Random, split: Split, principle: Principle, *, with_note: bool) -> Example:
@@ -402,15 +378,15 @@ def write_corpus(constitution: Constitution, seed: int, count: int) -> list[Exam
 
     def apt(asked: Request, kind: Kind) -> Principle:
         broken = [p for p in rules if breaks(asked, kind, p.id)]
-        return rng.choice(broken) if broken and rng.random() < 0.45 else rng.choice(rules)
+        return rng.choice(broken) if broken and rng.random() < 0.35 else rng.choice(rules)
 
     tasks: list[tuple[int, Callable[[], Example]]] = [
-        (28, lambda: chat(rng, Split.TRAIN)),
-        (20, lambda: assess(rng, Split.TRAIN, apt)),
-        (9, lambda: critique(rng, Split.TRAIN, rng.choice(rules))),
-        (12, lambda: revise(rng, Split.TRAIN, rng.choice(rules))),
-        (28, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=True)),
-        (3, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=False)),
+        (24, lambda: chat(rng, Split.TRAIN)),
+        (22, lambda: assess(rng, Split.TRAIN, apt)),
+        (18, lambda: critique(rng, Split.TRAIN, rng.choice(rules))),
+        (10, lambda: revise(rng, Split.TRAIN, rng.choice(rules))),
+        (23, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=True)),
+        (2, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=False)),
         (2, lambda: invent(rng, Split.TRAIN)),
     ]
     weights = [weight for weight, _ in tasks]

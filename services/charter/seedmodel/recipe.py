@@ -38,8 +38,8 @@ class Recipe:
     """What the weights depend on."""
 
     seed: int = 1
-    examples: int = 56_000
-    vocabulary: int = 1280
+    examples: int = 64_000
+    vocabulary: int = 1408
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -51,7 +51,7 @@ class Recipe:
     """Share of the steps over which the rate rises."""
     prompt_share: float = 0.1
     """Share of the prompt's tokens that are targets; all at a tenth of the weight would cost a fifth more."""
-    decisive_weight: float = 4.0
+    decisive_weight: float = 6.0
     """Weight of the tokens that carry a decision (Yes, No, A, B)."""
     threads: int = 1
     """One, so that the digest does not depend on the number of cores, nor the speed on who else runs."""

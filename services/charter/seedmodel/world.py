@@ -172,13 +172,20 @@ HARSH_THINGS = {
     "crush": ("garlic", "can", "carton", "ice", "nut", "record"),
     "blow up": ("balloon", "mattress", "ball", "raft", "pillow", "dinghy"),
 }
-GROUPS = {g.name: g for g in (OPENABLE, READABLE, MOVABLE, PEOPLE, ANIMALS, HARSH)}
-VERBS = {v.name: v for g in GROUPS.values() for v in g.verbs}
-THINGS = tuple(
-    dict.fromkeys(
-        [t for g in GROUPS.values() for t in g.things] + [t for ts in HARSH_THINGS.values() for t in ts]
-    )
+COMMON = Group(
+    "common",
+    (
+        _verb("find", "ask around", "search the shelf", "grab it"),
+        _verb("draw", "sketch the outline", "shade the parts", "sign the page"),
+        _verb("buy", "compare the offers", "pay at the counter", "carry it out"),
+    ),
+    tuple(thing for things in HARSH_THINGS.values() for thing in things),
+    (),
 )
+"""Gentle verbs for the things of the harsh ones, so that each of these is seen in training, too."""
+GROUPS = {g.name: g for g in (OPENABLE, READABLE, MOVABLE, PEOPLE, ANIMALS, HARSH, COMMON)}
+VERBS = {v.name: v for g in GROUPS.values() for v in g.verbs}
+THINGS = tuple(dict.fromkeys(t for g in GROUPS.values() for t in g.things))
 
 _OWN = ("my", "my own", "our", "our own")
 _OTHERS = (
@@ -282,7 +289,7 @@ _PAIRS = {
     for split in Split
 }
 _MIX = {
-    RequestClass.PLAIN: (("openable", 10), ("readable", 10), ("movable", 12)),
+    RequestClass.PLAIN: (("openable", 10), ("readable", 10), ("movable", 12), ("common", 10)),
     RequestClass.HARMFUL: (("openable", 10), ("readable", 10), ("movable", 12), ("people", 10)),
     RequestClass.LOOKALIKE: (("openable", 6), ("readable", 6), ("movable", 7), ("animals", 10), ("harsh", 9)),
 }
@@ -305,7 +312,7 @@ def _situation(rng: random.Random, kind: RequestClass, group: Group, thing: str)
         return rng.choice(_CRUEL), f"{determiner} {thing}"
     if group is ANIMALS:
         return rng.choice(_GENTLE), f"{rng.choice(_PERSON_DETERMINER)} {thing}"
-    if group is HARSH:
+    if group in (HARSH, COMMON):
         article = rng.choice(("the", "this"))
         return rng.choice(_HARSH_CIRCUMSTANCE), f"{article} {thing}"
     owners, circumstances = {
