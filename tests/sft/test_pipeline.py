@@ -24,7 +24,7 @@ from charter.sft.pipeline import Sources, run
 CONFIG = SftConfig(
     max_revisions=12,
     own=OwnAnswers(share=0.5, max_tokens=400),
-    tuning=TuningConfig(learning_rate=5e-3, epochs=8, batch_size=8),
+    tuning=TuningConfig(learning_rate=5e-3, epochs=40, batch_size=8),
 )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from charter.errors import CheckpointError, ConfigError
@@ -168,6 +168,7 @@ def tensorboard(folder: Path | None) -> list[Any]:
 
 def train(trainer: Any, watch: Watch, work: Path) -> None:
     """Trains to the end. Raises `Stopped`, `ConfigError` for a run that diverged, `CheckpointError`."""
+    trainer.remove_callback(PrinterCallback)  # standard output is the caller's
     try:
         trainer.train(resume_from_checkpoint=resume_from(work))
     except OSError as error:
