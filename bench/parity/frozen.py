@@ -7,6 +7,7 @@ TRL tells padding from text by it. Prompts are unique, since TRL's data loader s
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Shape:
     prompt: tuple[int, int] = (4, 16)
     answer: tuple[int, int] = (3, 32)
     answer_mean: float | None = None
-    """None draws lengths evenly; a mean draws them geometrically between the bounds."""
+    """None draws lengths evenly; a mean takes the quantiles of a truncated geometric law that has it."""
 
 
 def write(folder: Path, shape: Shape, seed: int = 0) -> None:
@@ -64,25 +65,33 @@ def write(folder: Path, shape: Shape, seed: int = 0) -> None:
 
 def _draw(shape: Shape, seed: int) -> list[dict[str, object]]:
     rng = random.Random(seed)
-    low, high = shape.answer
 
     def token() -> int:
         return rng.randrange(2, shape.vocabulary)
 
-    def length() -> int:
-        if shape.answer_mean is None:
-            return rng.randint(low, high)
-        return min(high, low + int(rng.expovariate(1.0 / (shape.answer_mean - low))))
-
     drawn: list[dict[str, object]] = []
-    for i in range(shape.rollouts):
+    for length in _answer_lengths(shape, rng):
         prompt = [token() for _ in range(rng.randint(*shape.prompt))]
-        answer = [token() for _ in range(high if i == 0 else length())]
+        answer = [token() for _ in range(length)]
         stopped = rng.random() < 0.8
         if stopped:
             answer[-1] = EOS
         drawn.append({"prompt": prompt, "answer": answer, "stopped": stopped, "score": rng.gauss(0.0, 1.0)})
     return drawn
+
+
+def _answer_lengths(shape: Shape, rng: random.Random) -> list[int]:
+    low, high = shape.answer
+    n = shape.rollouts
+    if shape.answer_mean is None:
+        return [high, *(rng.randint(low, high) for _ in range(n - 1))]
+
+    def quantiles(scale: float) -> list[int]:
+        return [min(high, low + round(-scale * math.log(1.0 - (i + 0.5) / n))) for i in range(n)]
+
+    lengths = min(map(quantiles, range(1, 4 * high)), key=lambda q: abs(sum(q) / n - shape.answer_mean))
+    rng.shuffle(lengths)
+    return lengths
 
 
 def read(folder: Path) -> list[dict[str, object]]:
