@@ -28,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+
 TOKENS = 64
 CONCURRENCIES = (1, 16, 64)
 GATEWAYS = ("charter", "httpx", "aiohttp")
@@ -96,8 +99,6 @@ def serve_httpx(port: int, upstream: str) -> None:
     """FastAPI passing through with httpx."""
     import httpx
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.responses import Response, StreamingResponse
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -134,8 +135,6 @@ def serve_aiohttp(port: int, upstream: str) -> None:
     """FastAPI passing through with aiohttp."""
     import aiohttp
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.responses import Response, StreamingResponse
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
