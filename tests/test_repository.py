@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "services/charter"
 SERVICES = {"gateway", "policy", "sampler", "critic", "judge", "reward", "trainer", "publisher", "console"}
 # Only what puts services together, and what measures them, may know several.
-COMPOSERS = {"cli.py", "app", "evaluation"}
+COMPOSERS = {"cli.py", "app", "evaluation", "redteam"}
 SEED_WEIGHTS = "services/charter/seedmodel/weights/"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
