@@ -1,5 +1,8 @@
 """Who may come in: keys, modes, limits, and open doors only on loopback."""
 
+import subprocess
+import sys
+
 import openai
 import pytest
 from prometheus_client import CollectorRegistry
@@ -156,3 +159,24 @@ def test_a_configuration_that_cannot_work_says_why(fields, reason):
 )  # fmt: skip
 def test_loopback_is_this_machine_and_nothing_else(host, expected):
     assert is_loopback(host) is expected
+
+
+def test_the_gateway_serves_without_torch_or_transformers(tmp_path):
+    """In a process of its own in which they cannot be imported, as in a pod that has them not."""
+    code = """
+import asyncio, sys
+for name in ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"):
+    sys.modules[name] = None
+from prometheus_client import CollectorRegistry
+from charter.gateway.config import GatewayConfig
+from charter.gateway.server import serve
+async def main():
+    config = GatewayConfig(port=0, critic="127.0.0.1:1", bus=f"sqlite:{sys.argv[1]}")
+    async with await serve(config, CollectorRegistry()) as gateway:
+        print(gateway.url)
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "bus.db")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("http://127.0.0.1:"), done.stderr
