@@ -38,8 +38,6 @@ def sft(
     ] = None,
 ) -> None:
     """Fine-tunes a checkpoint on revisions mixed with its own helpful answers (SL-CAI)."""
-    import os
-
     from charter.config import assignments, load
     from charter.redteam.prompts import collect
     from charter.sft.config import SftConfig
@@ -51,7 +49,7 @@ def sft(
         )
     if out.exists():
         raise ConfigError(f"{out} exists already; name another folder with --out")
-    loaded = load(SftConfig, file=config, environment=os.environ, flags=assignments(settings or []))
+    loaded = load(SftConfig, file=config, flags=assignments(settings or []))
     prompts = tuple(p.conversation for p in collect(helpful).prompts) if helpful else ()
     sources = Sources(_source(model), tuple(revisions or ()), bus, prompts, answerer)
     with _Bars() as bars:

@@ -1,0 +1,152 @@
+"""Pairs that nobody labelled: a preferred answer against a spoilt copy of itself. Pure.
+
+See `AugmentConfig` for what each kind teaches. Answers are spoilt as text, part by part (what stands between
+punctuation marks) or word by word, and tokenised again.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from charter.reward.config import AugmentConfig
+
+_PART = re.compile(r"[^.,;:!?\n。，；：！？、]+[.,;:!?\n。，；：！？、]*\s*")
+_WORDS = re.compile(r"\S+")
+_SPAN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt and the answer to it that was preferred."""
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    answer: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spoilt:
+    """A pair to learn from: the answer is better than its spoilt copy."""
+
+    kind: str
+    prompt_ids: tuple[int, ...]
+    better: str
+    worse: str
+
+
+def augment(answers: Sequence[Answered], config: AugmentConfig, *, labels: int, seed: int) -> list[Spoilt]:
+    """Pairs by the configured shares of `labels`; the same seed gives the same ones."""
+    rng = random.Random(f"{seed}/augment")
+    pool = _confident(answers, config.confident)
+    if not pool:
+        return []
+    kinds: tuple[tuple[str, float, Callable[[Answered], str | None]], ...] = (
+        ("mismatched", config.mismatched, lambda a: _mismatched(a, pool, config.candidates, rng)),
+        ("replaced", config.replaced, lambda a: replaced(a.answer, rng.choice(pool).answer, rng)),
+        ("swapped", config.swapped, lambda a: swapped(a.answer, rng)),
+        ("repeated", config.repeated, lambda a: repeated(a.answer, rng)),
+        ("dropped", config.dropped, lambda a: dropped(a.answer, rng)),
+    )
+    made: list[Spoilt] = []
+    for kind, share, spoil in kinds:
+        for answered in _draws(pool, round(share * labels), rng):
+            worse = spoil(answered)
+            if worse is not None and worse.split() != answered.answer.split():
+                made.append(Spoilt(kind, answered.prompt_ids, answered.answer, worse))
+    return made
+
+
+def _confident(answers: Sequence[Answered], share: float) -> list[Answered]:
+    """Those that the judge was surest of; an undecided label says of neither answer that it is good."""
+    decided = sorted((a for a in answers if a.confidence > 0), key=lambda a: -a.confidence)
+    return decided[: max(round(share * len(answers)), 1)]
+
+
+def _draws(pool: Sequence[Answered], count: int, rng: random.Random) -> list[Answered]:
+    """`count` of the pool, none a second time before all were drawn once."""
+    drawn: list[Answered] = []
+    while len(drawn) < count:
+        drawn += rng.sample(pool, min(count - len(drawn), len(pool)))
+    return drawn
+
+
+def _mismatched(
+    answered: Answered, pool: Sequence[Answered], candidates: int, rng: random.Random
+) -> str | None:
+    """The most similar answer among a few to other prompts, so that only what it is about gives it away."""
+    others = [a for a in rng.sample(pool, min(candidates, len(pool))) if a.prompt_id != answered.prompt_id]
+    words = set(answered.answer.split())
+    others = [a for a in others if a.answer.split() != answered.answer.split()]
+    if not others:
+        return None
+    return max(others, key=lambda a: len(words & set(a.answer.split())) / (len(a.answer.split()) or 1)).answer
+
+
+def parts(text: str) -> list[str]:
+    """What stands between punctuation marks, with the mark and the space behind it."""
+    return _PART.findall(text)
+
+
+def swapped(text: str, rng: random.Random) -> str | None:
+    """Two parts changed places; half of the time each keeps its first word, so that the form stays."""
+    pieces = [_split(p) for p in parts(text)]
+    if len(pieces) < 2:
+        return None
+    i, j = rng.sample(range(len(pieces)), 2)
+    keep_first = rng.random() < 0.5
+    pieces[i], pieces[j] = _exchanged(pieces[i], pieces[j], keep_first)
+    return "".join(word + rest + mark for word, rest, mark in pieces)
+
+
+def repeated(text: str, rng: random.Random) -> str | None:
+    """One part stands in the place of another, too."""
+    pieces = [_split(p) for p in parts(text)]
+    if len(pieces) < 2:
+        return None
+    i, j = rng.sample(range(len(pieces)), 2)
+    pieces[i] = _exchanged(pieces[i], pieces[j], rng.random() < 0.5)[0]
+    return "".join(word + rest + mark for word, rest, mark in pieces)
+
+
+def dropped(text: str, rng: random.Random) -> str | None:
+    """One part is missing."""
+    pieces = parts(text)
+    if len(pieces) < 2:
+        return None
+    gone = rng.randrange(len(pieces))
+    return "".join(p for i, p in enumerate(pieces) if i != gone).strip()
+
+
+def replaced(text: str, other: str, rng: random.Random) -> str | None:
+    """A few words in a row come from about the same place of another text."""
+    here, there = list(_WORDS.finditer(text)), list(_WORDS.finditer(other))
+    count = rng.randint(1, _SPAN)
+    if len(here) <= count or len(there) <= count:
+        return None
+    start = rng.randrange(len(here) - count + 1)
+    near = round(start / len(here) * len(there)) + rng.randint(-1, 1)
+    source = min(max(near, 0), len(there) - count)
+    words = other[there[source].start() : there[source + count - 1].end()]
+    return text[: here[start].start()] + words + text[here[start + count - 1].end() :]
+
+
+_Piece = tuple[str, str, str]
+"""First word, the other words, and the mark with its space."""
+
+
+def _split(part: str) -> _Piece:
+    body = part.rstrip(".,;:!?\n。，；：！？、 \t")
+    first = re.match(r"\s*\S+", body)
+    end = first.end() if first else 0
+    return body[:end], body[end:], part[len(body) :]
+
+
+def _exchanged(a: _Piece, b: _Piece, keep_first: bool) -> tuple[_Piece, _Piece]:
+    """Both with each other's words; the marks stay in their places."""
+    if keep_first and a[1] and b[1]:
+        return (a[0], b[1], a[2]), (b[0], a[1], b[2])
+    return (b[0], b[1], a[2]), (a[0], a[1], b[2])
