@@ -8,6 +8,7 @@ import pytest
 from tests.gateway.deployment import HELLO, critic_model, deployed, http
 from tests.scripted import Scripted
 
+from charter.errors import ContextOverflow
 from charter.gateway.guard import GuardMode, GuardRules
 
 
@@ -72,6 +73,26 @@ async def test_what_no_revision_mends_is_refused_with_the_kind_of_principle(tmp_
     assert (done.charter["verdict"], done.charter["rounds"]) == ("refused", 2)
     assert done.charter["principles"][0]["after"] is None
     assert made.metric("charter_gateway_verdicts_total", verdict="refused", principle="no-harm") == 1
+
+
+async def test_without_room_for_a_revision_the_draft_is_judged_as_it_is(tmp_path):
+    def no_room(answer, request):
+        raise ContextOverflow("the prompt has 600 tokens and the context 512")
+
+    async with deployed(tmp_path, critic=critic_model(no_room)) as made:
+        harmful = await made.ask("some harm")
+        useless = await made.ask("useless")
+    assert (harmful.charter["verdict"], harmful.charter["rounds"]) == ("refused", 0)
+    assert (useless.charter["verdict"], useless.choices[0].message.content) == ("flagged", "useless")
+
+
+async def test_what_stays_only_unhelpful_is_given_and_flagged_rather_than_refused(tmp_path):
+    critic = critic_model(lambda answer, request: "useless once more")
+    async with deployed(tmp_path, critic=critic, rules=GuardRules(max_rounds=1)) as made:
+        done = await made.ask("useless", logprobs=True)
+    assert done.choices[0].message.content == "useless once more"
+    assert (done.charter["verdict"], done.charter["rounds"]) == ("flagged", 1)
+    assert done.choices[0].logprobs is None
 
 
 async def test_a_refusal_speaks_the_constitutions_language(tmp_path):

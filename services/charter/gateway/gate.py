@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from charter.errors import BackendError
+from charter.errors import BackendError, RequestError
 from charter.feedback.records import Assessed
 from charter.gateway.guard import (
     Accept,
@@ -21,6 +21,9 @@ from charter.gateway.principles import Principles
 from charter.gateway.refusal import refusal
 from charter.lm.base import Conversation
 from charter.rpc.clients import CriticClient
+from charter.telemetry.logs import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,13 @@ class _Course:
     async def run(self, draft: str, seed: int | None) -> Outcome:
         await self._assess(draft, "")
         self._first = dict(self._attempts[0].probabilities)
-        rounds = 0
+        rounds, stuck = 0, False
         while True:
             principles = self._gate.principles.by_digest(self._digest)
             for attempt in self._attempts:
                 self._seen.update(dict.fromkeys(in_doubt(self._rules, principles, attempt)))
-            step = decide(self._mode, self._rules, principles, self._attempts, rounds)
+            spent = self._rules.max_rounds if stuck else rounds
+            step = decide(self._mode, self._rules, principles, self._attempts, spent)
             chosen = self._attempts[step.attempt]
             if isinstance(step, Accept):
                 verdict = Verdict.REVISED if chosen.revised_by else Verdict.PASSED
@@ -117,17 +121,26 @@ class _Course:
             if isinstance(step, Refuse):
                 answer = refusal(principles.get(step.principle_id), self._gate.principles.language)
                 return self._outcome(Verdict.REFUSED, answer, rounds, None)
-            started = time.perf_counter()
-            revised = await self._gate.critic.revise(
-                self._conversation,
-                chosen.answer,
-                [step.principle_id],
-                rounds=1,
-                seed=None if seed is None else seed + rounds,
-            )
-            self._revise_seconds += time.perf_counter() - started
-            rounds += 1
-            await self._assess(revised.answer, step.principle_id)
+            try:
+                revision = await self._revise(chosen.answer, step.principle_id, seed, rounds)
+                rounds += 1
+                await self._assess(revision, step.principle_id)
+            except RequestError as error:
+                # Too long for the critic, or by a principle that it has just lost: what there is decides.
+                log.warning("no further round", reason=str(error))
+                stuck = True
+
+    async def _revise(self, answer: str, principle_id: str, seed: int | None, rounds: int) -> str:
+        started = time.perf_counter()
+        revised = await self._gate.critic.revise(
+            self._conversation,
+            answer,
+            [principle_id],
+            rounds=1,
+            seed=None if seed is None else seed + rounds,
+        )
+        self._revise_seconds += time.perf_counter() - started
+        return revised.answer
 
     async def _assess(self, answer: str, revised_by: str) -> None:
         started = time.perf_counter()
