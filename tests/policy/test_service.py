@@ -1,12 +1,14 @@
 import asyncio
 
 import pytest
+from tests.registry.conftest import filler
 from tests.scripted import Scripted
 
 from charter.errors import CheckpointError
 from charter.lm.base import ChatMessage, Prompt, Role, Sampling
 from charter.policy.locate import locate
 from charter.policy.service import ModelInService
+from charter.registry import Facts, Kind, Registry
 
 PROMPT = Prompt((ChatMessage(Role.USER, "Hi"),))
 
@@ -111,10 +113,19 @@ async def test_load_counts_the_answers_of_all_versions_at_work():
 
 
 def test_a_checkpoint_is_found_by_id_and_by_folder(tmp_path):
-    (tmp_path / "registry" / "ck-1").mkdir(parents=True)
-    registry = str(tmp_path / "registry")
-    assert locate("ck-1", registry, folders_allowed=False) == tmp_path / "registry" / "ck-1"
-    assert locate(registry, "", folders_allowed=True) == tmp_path / "registry"
+    registry = Registry(tmp_path / "registry")
+    written = registry.write(Facts(Kind.SEED), filler())
+    found = locate(written.id, registry.root, folders_allowed=False)
+    assert found == tmp_path / "registry" / written.id
+    assert locate(registry.root, "", folders_allowed=True) == tmp_path / "registry"
+
+
+def test_a_checkpoint_that_was_damaged_since_it_was_written_is_refused(tmp_path):
+    registry = Registry(tmp_path / "registry")
+    written = registry.write(Facts(Kind.SEED), filler())
+    (tmp_path / "registry" / written.id / "tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        locate(written.id, registry.root, folders_allowed=False)
 
 
 @pytest.mark.parametrize(

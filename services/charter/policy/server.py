@@ -166,7 +166,10 @@ class PolicyServicer(PolicyServiceServicer):
         return previous, current
 
     async def _opened(self, checkpoint: str) -> LanguageModel:
-        folder = locate(checkpoint, self._config.registry, self._config.folders_allowed)
+        # Reading the digests of large weights takes seconds.
+        folder = await asyncio.to_thread(
+            locate, checkpoint, self._config.registry, self._config.folders_allowed
+        )
         return await asyncio.to_thread(self._open_model, f"local:{folder}")
 
     def _record(
