@@ -28,7 +28,7 @@ class Reference:
     def logits(self, ids):
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             tensor = torch.tensor([ids])
             return self.model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0].float()
 

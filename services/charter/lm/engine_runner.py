@@ -64,6 +64,7 @@ class Runner:
         self._arrivals: deque[Answer | Scoring] = deque()
         self._queue: deque[Answer] = deque()
         self._scorings: deque[Scoring] = deque()
+        self._reading: list[Answer | Scoring] = []  # neither waiting any more nor active yet
         self._active: list[Answer] = []
         self._plan: Plan | None = None
         self.tokens_generated = 0
@@ -94,7 +95,9 @@ class Runner:
         self._drop_cancelled(outbox)
         answers, scorings = self._admit()
         if answers or scorings:
+            self._reading = [*answers, *scorings]
             self._read(answers, scorings, outbox)
+            self._reading = []
         if self._active:
             self._decode(outbox)
         elif not self.busy and self._cache.nbytes > _IDLE_CACHE_BYTES:
@@ -103,8 +106,10 @@ class Runner:
     def abandon(self, error: BaseException, outbox: Outbox) -> None:
         """Fails every request; the runner is empty afterwards."""
         self._sort_arrivals()
-        requests: list[Answer | Scoring] = [*self._active, *self._queue, *self._scorings]
+        begun = [r for r in self._reading if r not in self._active]
+        requests: list[Answer | Scoring] = [*begun, *self._active, *self._queue, *self._scorings]
         outbox += [(r.inbox, error) for r in requests]
+        self._reading = []
         self._active.clear()
         self._queue.clear()
         self._scorings.clear()
