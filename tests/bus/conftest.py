@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,10 @@ import pytest
 
 from charter.bus import Bus, Cleanup, ConsumerOptions, TopicSpec, open_bus
 from charter.bus.sqlite import SqliteBus, SqliteOptions
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # kafka-python reads its schemas by a deprecated function
+    importlib.import_module("charter.bus.kafka")
 
 KAFKA = os.environ.get("CHARTER_TEST_KAFKA") == "1"
 CHILD = [sys.executable, str(Path(__file__).with_name("child.py"))]
@@ -74,3 +80,8 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
 @pytest.fixture
 def bus(log: Log) -> Bus:
     return log.open()
+
+
+@pytest.fixture(scope="session")
+def kafka_uri() -> str:
+    return "kafka://" + os.environ["KAFKA_BOOTSTRAP"]

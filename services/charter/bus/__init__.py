@@ -57,7 +57,18 @@ def open_bus(uri: str) -> Bus:
     scheme, _, rest = uri.partition(":")
     if scheme == "sqlite":
         return _open_sqlite(uri, rest)
+    if scheme == "kafka":
+        return _open_kafka(uri)
     raise ConfigError(f"bus {uri!r}: unknown kind {scheme!r}; use sqlite:<file> or kafka://host:port")
+
+
+def _open_kafka(uri: str) -> Bus:
+    try:
+        from charter.bus._kafka_client import KafkaOptions
+        from charter.bus.kafka import KafkaBus
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"bus {uri!r}: {error.name!r} is not installed; install charter[kafka]") from error
+    return KafkaBus(KafkaOptions.from_uri(uri))
 
 
 def _open_sqlite(uri: str, rest: str) -> Bus:
