@@ -119,7 +119,7 @@ def _moments(updater: Updater, model: Any, optimizer: Any) -> dict[str, Tensor]:
     whole: dict[str, Any] = get_optimizer_state_dict(model, inner, options=_options(updater))
     return {
         f"{kind}/{name}": value.detach().cpu().contiguous().clone()
-        for name, kinds in whole["state"].items()
+        for name, kinds in whole.get("state", {}).items()  # empty but on the first process
         for kind, value in kinds.items()
     }
 
@@ -129,7 +129,6 @@ def _restore(updater: Updater, model: Any, optimizer: Any, inner: Path, name: st
     from safetensors.torch import load_file
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
-        get_model_state_dict,
         set_model_state_dict,
         set_optimizer_state_dict,
     )
@@ -142,7 +141,7 @@ def _restore(updater: Updater, model: Any, optimizer: Any, inner: Path, name: st
             f"{inner} is damaged: the state of the {name} cannot be read ({error}); resume from its parent"
         ) from error
     options = _options(updater)
-    known: dict[str, Any] = get_model_state_dict(model, options=options)
+    known = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     strange = sorted(k for k, v in trained.items() if k not in known or known[k].shape != v.shape)
     if strange:
         raise CheckpointError(
@@ -161,7 +160,8 @@ def _restore(updater: Updater, model: Any, optimizer: Any, inner: Path, name: st
             {**{k: v for k, v in g.items() if k != "params"}, "params": sorted(by_name)}
             for g in raw.param_groups
         ]
-        set_optimizer_state_dict(model, raw, {"state": by_name, "param_groups": groups}, options=options)
+        whole: dict[str, Any] = {"state": by_name, "param_groups": groups}
+        set_optimizer_state_dict(model, raw, whole, options=options)
 
 
 def _whole_policy(updater: Updater) -> Any:

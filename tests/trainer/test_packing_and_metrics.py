@@ -1,6 +1,4 @@
-"""Micro-batches by a token budget, pacing by staleness, and metrics over real tokens."""
-
-from random import Random
+"""Micro-batches by a token budget, and metrics over real tokens."""
 
 import pytest
 import torch
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 
 from charter.trainer.algorithm.metrics import effective_sample_size, explained_variance, staleness_histogram
 from charter.trainer.algorithm.packing import bucket, pack, padding_waste
-from charter.trainer.algorithm.staleness import StalenessBound
 
 lengths_of_sequences = st.lists(st.integers(1, 200), min_size=1, max_size=80)
 
@@ -42,35 +39,6 @@ def test_a_sequence_longer_than_the_budget_is_kept():
 def test_padding_waste_is_the_share_of_computed_tokens_that_are_not_real():
     assert padding_waste(75, 100) == 0.25
     assert padding_waste(100, 100) == 0.0
-
-
-def test_capacity_follows_the_formula():
-    bound = StalenessBound(max_staleness=2, batch_size=10)
-    assert bound.capacity(version=0, accepted=0, running=0) == 30
-    assert bound.capacity(version=0, accepted=20, running=10) == 0
-    assert bound.capacity(version=1, accepted=20, running=10) == 10
-    assert StalenessBound(0, 10).capacity(version=0, accepted=0, running=0) == 10
-    assert bound.capacity(version=0, accepted=100, running=0) == 0
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_samplers_paced_by_capacity_never_exceed_the_staleness_bound(seed):
-    """A simulation: rollouts are begun whenever there is capacity, and are trained on in that order."""
-    random = Random(seed)
-    bound = StalenessBound(max_staleness=seed % 5, batch_size=1 + seed % 7)
-    version, running, queue, accepted, worst = 0, [], [], 0, 0
-    for _ in range(600):
-        if bound.capacity(version=version, accepted=accepted, running=len(running)) and random.random() < 0.7:
-            running.append(version)
-        elif running:
-            queue.append(running.pop(0))
-            accepted += 1
-        if len(queue) >= bound.batch_size and random.random() < 0.5:
-            worst = max(worst, *(version - made for made in queue[: bound.batch_size]))
-            del queue[: bound.batch_size]
-            version += 1
-    assert version > 10
-    assert worst <= bound.max_staleness
 
 
 def test_explained_variance_of_perfect_useless_and_constant_predictions():
