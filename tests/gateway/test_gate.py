@@ -170,7 +170,7 @@ async def test_a_gated_stream_that_is_quick_has_its_verdict_in_the_headers(tmp_p
         headers, text = await raw_chat(made, stream=True)
     assert headers["X-Charter-Verdict"] == "passed"
     assert headers["Content-Type"].startswith("text/event-stream")
-    assert text.count('"content":"one ') == 1, "the policy's own tokens are the pieces"
+    assert text.count('"content":"one "') == 1, "the policy's own tokens are the pieces"
 
 
 async def test_a_guarded_answer_is_withheld_while_the_critic_is_away_and_given_when_it_is_back(tmp_path):

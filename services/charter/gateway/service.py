@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from charter.errors import BackendError, CharterError, ContextOverflow, Overloaded
+from charter.feedback.asking import concurrently
 from charter.gateway.answers import Answer, Call, Choice, Delta
 from charter.gateway.config import GatewayConfig
 from charter.gateway.contributions import Contribution, Contributions
@@ -67,9 +68,7 @@ class ChatService:
         samples = await model.generate(call.prompt, call.sampling, call.n)
         drafted = time.perf_counter() - started
         completions = samples.completions
-        outcomes = await asyncio.gather(
-            *(self._judge(call, c.text, seed_offset=i) for i, c in enumerate(completions))
-        )
+        outcomes = await self._judge_all(call, [c.text for c in completions])
         choices = tuple(_choice(c, o) for c, o in zip(completions, outcomes, strict=True))
         return self._finished(
             call,
@@ -87,12 +86,13 @@ class ChatService:
         return self._held(call) if call.mode.holds_back else self._live(call)
 
     async def _held(self, call: Call) -> AsyncIterator[Event]:
-        async for event in self._beating(self.answer(call)):
-            if isinstance(event, Beat):
+        async with contextlib.aclosing(self._beating(self.answer(call))) as events:
+            async for event in events:
+                if isinstance(event, Beat):
+                    yield event
+                    continue
+                yield [d for i, choice in enumerate(event.choices) for d in pieces(choice, i)]
                 yield event
-                continue
-            yield [d for i, choice in enumerate(event.choices) for d in pieces(choice, i)]
-            yield event
 
     async def _live(self, call: Call) -> AsyncIterator[Event]:
         started = time.perf_counter()
@@ -120,16 +120,17 @@ class ChatService:
             drafted,
         )
         if call.mode is GuardMode.OBSERVE:
-            judged = asyncio.gather(*(self._judge(call, w.text, i) for i, w in enumerate(written)))
-            async for event in self._beating(judged):
-                if isinstance(event, Beat):
-                    yield event
-                else:
-                    choices = zip(answer.choices, event, strict=True)
-                    answer = replace(answer, choices=tuple(replace(c, outcome=o) for c, o in choices))
+            judging = self._judge_all(call, [w.text for w in written])
+            async with contextlib.aclosing(self._beating(judging)) as events:
+                async for event in events:
+                    if isinstance(event, Beat):
+                        yield event
+                    else:
+                        choices = zip(answer.choices, event, strict=True)
+                        answer = replace(answer, choices=tuple(replace(c, outcome=o) for c, o in choices))
         yield self._finished(call, answer)
 
-    async def _beating(self, work: Awaitable[T]) -> AsyncIterator[T | Beat]:
+    async def _beating(self, work: Awaitable[T]) -> AsyncGenerator[T | Beat, None]:
         """Beats until the work is done, then its result; closing the iterator cancels the work."""
         task = asyncio.ensure_future(work)
         try:
@@ -142,15 +143,19 @@ class ChatService:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
-    async def _judge(self, call: Call, text: str, seed_offset: int) -> Outcome:
-        """What the guard makes of one draft, in the request's mode."""
-        if call.mode is GuardMode.OFF or self.gate is None:
-            return Outcome(Verdict.UNASSESSED, text)
+    async def _judge_all(self, call: Call, drafts: Sequence[str]) -> list[Outcome]:
+        """What the guard makes of the drafts, in the request's mode; the first failure cancels the rest."""
+        gate = self.gate
+        if call.mode is GuardMode.OFF or gate is None:
+            return [Outcome(Verdict.UNASSESSED, text) for text in drafts]
+        return await concurrently([self._judge(gate, call, text, i) for i, text in enumerate(drafts)])
+
+    async def _judge(self, gate: Gate, call: Call, text: str, index: int) -> Outcome:
         try:
             if call.mode is GuardMode.OBSERVE:
-                return await self.gate.observe(call.prompt.messages, text)
-            seed = None if call.sampling.seed is None else call.sampling.seed + seed_offset
-            return await self.gate.hold(call.prompt.messages, text, call.mode, seed)
+                return await gate.observe(call.prompt.messages, text)
+            seed = None if call.sampling.seed is None else call.sampling.seed + index
+            return await gate.hold(call.prompt.messages, text, call.mode, seed)
         except CharterError as error:
             return self._unjudged(call, text, error)
 

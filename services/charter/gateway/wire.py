@@ -25,11 +25,13 @@ _LEAST_LOGPROB = -9999.0
 _WORDS = re.compile(r"(?<=\s)(?=\S)")
 
 _dumps = json.dumps
+"""For texts; with its defaults it uses the interpreter's ready-made encoder."""
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def completion(call: Call, answer: Answer, charter: dict[str, Any]) -> bytes:
     """The body of a response that is not a stream."""
-    return _dumps(
+    return _compact(
         {
             "id": f"chatcmpl-{call.request_id}",
             "object": "chat.completion",
@@ -83,7 +85,7 @@ class EventWriter:
             "created": int(time.time()),
             "model": call.model,
         }
-        self._head = f"data: {_dumps(head)[:-1]}"
+        self._head = f"data: {_compact(head)[:-1]}"
         usage = ',"usage":null' if call.include_usage else ""
         self._end = f',"finish_reason":null}}]{usage}}}\n\n'
         self._begin = [f'{self._head},"choices":[{{"index":{i},"delta":{{"content":' for i in range(call.n)]
@@ -107,7 +109,7 @@ class EventWriter:
         return "".join(
             [
                 f'{begin[d.index]}{_dumps(d.text)}}},"logprobs":'
-                f"{_dumps(token_logprobs(d.tokens)) if d.tokens else 'null'}{end}"
+                f"{_compact(token_logprobs(d.tokens)) if d.tokens else 'null'}{end}"
                 for d in deltas
             ]
         ).encode()
@@ -118,14 +120,14 @@ class EventWriter:
         for i, choice in enumerate(answer.choices):
             last = i == len(answer.choices) - 1 and not self._include_usage
             usage = ',"usage":null' if self._include_usage else ""
-            report = f',"charter":{_dumps(charter)}' if last else ""
+            report = f',"charter":{_compact(charter)}' if last else ""
             events.append(
                 f'{self._head},"choices":[{{"index":{i},"delta":{{}},"logprobs":null,"finish_reason":'
                 f'"{choice.finish_reason.value}"}}]{usage}{report}}}\n\n'
             )
         if self._include_usage:
             events.append(
-                f'{self._head},"choices":[],"usage":{_dumps(answer.usage)},"charter":{_dumps(charter)}}}\n\n'
+                f'{self._head},"choices":[],"usage":{_compact(answer.usage)},"charter":{_compact(charter)}}}\n\n'
             )
         return "".join(events).encode() + DONE
 
