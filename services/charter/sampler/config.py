@@ -27,7 +27,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.answers < 2 or self.answers % 2:
-            raise ConfigError(f"answers is {self.answers}; give an even number, since the judge compares pairs")
+            raise ConfigError(
+                f"answers is {self.answers}; give an even number, since the judge compares pairs"
+            )
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; learning needs answers drawn at random")
         if self.max_tokens < 1 or self.max_staleness < 0 or self.batch_size < 1:
