@@ -97,6 +97,22 @@ def _context_length(config: Any, tokenizer: Any) -> int:
     return min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=_DEFAULT_CONTEXT)
 
 
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers' progress bars, and its remarks about layers, out of the log."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """The tokenizer's files, byte for byte, so that its digest stays what it is."""
     for name in TOKENIZER_FILES:
@@ -122,12 +138,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
         _flush(partial)
         partial.rename(target)
         _flush_folder(target.parent)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}); nothing was changed; "
-            "make room on the disk and start again"
-        ) from error
+        # safetensors has an error class of its own for a full disk.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise CheckpointError(
+                f"{target} cannot be written ({getattr(error, 'strerror', None) or error}); nothing was "
+                "changed; make room on the disk and start again"
+            ) from error
+        raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

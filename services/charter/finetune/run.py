@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
 
 from charter.errors import CheckpointError, ConfigError
-from charter.finetune.checkpoints import Vocabulary, copy_tokenizer, whole_folder
+from charter.finetune.checkpoints import Vocabulary, copy_tokenizer, quiet_loading, whole_folder
 from charter.finetune.config import TuningConfig
 
 _COMPLETE = "charter.complete"
@@ -98,18 +97,12 @@ def adapters(config: TuningConfig, task: str, keep: tuple[str, ...] = ()) -> Any
 
 @contextmanager
 def quiet(seed: int) -> Iterator[None]:
-    """Seeds everything, and keeps loading bars out of the log."""
+    """Seeds everything, and keeps what is no news out of the log."""
     set_seed(seed)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers 5.23 for a property by its old name; nothing of ours can change that.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with quiet_loading(), warnings.catch_warnings():
+        # peft asks transformers 5.23 for a property by its old name; nothing of ours can change that.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from charter.reward.config import AugmentConfig
 _PART = re.compile(r"[^.,;:!?\n。，；：！？、]+[.,;:!?\n。，；：！？、]*\s*")
 _WORDS = re.compile(r"\S+")
 _SPAN = 3
+_TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,19 @@ def augment(answers: Sequence[Answered], config: AugmentConfig, *, labels: int, 
     made: list[Spoilt] = []
     for kind, share, spoil in kinds:
         for answered in _draws(pool, round(share * labels), rng):
-            worse = spoil(answered)
-            if worse is not None and worse.split() != answered.answer.split():
+            worse = _spoilt(answered, spoil)
+            if worse is not None:
                 made.append(Spoilt(kind, answered.prompt_ids, answered.answer, worse))
     return made
+
+
+def _spoilt(answered: Answered, spoil: Callable[[Answered], str | None]) -> str | None:
+    """A copy that differs; what was drawn may by chance put back the same words."""
+    for _ in range(_TRIES):
+        worse = spoil(answered)
+        if worse is not None and worse.split() != answered.answer.split():
+            return worse
+    return None
 
 
 def _confident(answers: Sequence[Answered], share: float) -> list[Answered]:

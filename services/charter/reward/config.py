@@ -126,7 +126,9 @@ class RewardConfig:
     """Checkpoint that the first round starts from: the SL-CAI checkpoint, or the judge's; `seed`, a folder or
     a hub id. A folder of a reward model that this service wrote is in force at once."""
     folder: Path = Path(".charter/reward")
-    """Labels, rounds and models."""
+    """Labels and rounds."""
+    registry: str = ""
+    """Registry of checkpoints that models in force are written to; empty: `models` in the folder."""
     bus: str = ""
     """URI of the bus whose topic `preferences` is read; empty: nothing is learned."""
     group: str = "reward"
@@ -149,12 +151,10 @@ class RewardConfig:
     """Tokens that are scored at once, padding included."""
     max_answers: int = 4096
     """Most answers of one `Score`."""
-    keep_models: int = 8
-    """Older models are removed."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """Where and how it listens."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "max_answers", "keep_models"):
+        for name in ("batch_tokens", "max_answers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")

@@ -1,8 +1,9 @@
 """Files in which people preferred one of two transcripts, as events of the topic `preferences`.
 
 JSON lines, also gzipped, with `chosen` and `rejected`: transcripts (turns that begin with "Human:" and
-"Assistant:" after an empty line, as the paper's authors published theirs), or lists of messages with `role` and `content`, with or without a `prompt`
-before them. Both must be the same conversation up to the last answer.
+"Assistant:" after an empty line, as the paper's authors published theirs), or lists of messages with `role`
+and `content`, with or without a `prompt` before them. Both must be the same conversation up to the last
+answer.
 """
 
 from __future__ import annotations

@@ -27,11 +27,17 @@ CREATE TABLE IF NOT EXISTS labels (
   answer_b BLOB NOT NULL,
   probability REAL NOT NULL,
   human INTEGER NOT NULL,
+  constitution TEXT NOT NULL,
+  judge TEXT NOT NULL,
+  principles TEXT NOT NULL,
   heldout INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX IF NOT EXISTS by_split ON labels (heldout, number);
 """
-_FIELDS = "preference_id, prompt_id, prompt, answer_a, answer_b, probability, human"
+_FIELDS = (
+    "preference_id, prompt_id, prompt, answer_a, answer_b, probability, human, "
+    "constitution, judge, principles"
+)
 
 
 class LabelStore:
@@ -55,12 +61,21 @@ class LabelStore:
     def add(self, pair: Pair, heldout: bool) -> bool:
         """Stores a label unless it is there; says whether it was new. It is on the disk when this returns."""
         row = (
-            pair.preference_id, pair.prompt_id, _packed(pair.prompt_ids), _packed(pair.answer_a),
-            _packed(pair.answer_b), pair.probability, int(pair.human), int(heldout),
-        )  # fmt: skip
+            pair.preference_id,
+            pair.prompt_id,
+            _packed(pair.prompt_ids),
+            _packed(pair.answer_a),
+            _packed(pair.answer_b),
+            pair.probability,
+            int(pair.human),
+            pair.constitution_digest,
+            pair.judge_digest,
+            "\n".join(pair.principles),
+            int(heldout),
+        )
         with self._lock:
             done = self._connection.execute(
-                f"INSERT OR IGNORE INTO labels ({_FIELDS}, heldout) VALUES (?,?,?,?,?,?,?,?)",  # noqa: S608
+                f"INSERT OR IGNORE INTO labels ({_FIELDS}, heldout) VALUES (?,?,?,?,?,?,?,?,?,?,?)",  # noqa: S608
                 row,
             )
             return done.rowcount == 1
@@ -111,6 +126,17 @@ def _unpacked(data: bytes) -> tuple[int, ...]:
     return tuple(array("i", data))
 
 
-def _pair(row: tuple[str, str, bytes, bytes, bytes, float, int]) -> Pair:
-    preference, prompt, ids, a, b, probability, human = row
-    return Pair(preference, prompt, _unpacked(ids), _unpacked(a), _unpacked(b), probability, bool(human))
+def _pair(row: tuple[str, str, bytes, bytes, bytes, float, int, str, str, str]) -> Pair:
+    preference, prompt, ids, a, b, probability, human, constitution, judge, principles = row
+    return Pair(
+        preference_id=preference,
+        prompt_id=prompt,
+        prompt_ids=_unpacked(ids),
+        answer_a=_unpacked(a),
+        answer_b=_unpacked(b),
+        probability=probability,
+        human=bool(human),
+        constitution_digest=constitution,
+        judge_digest=judge,
+        principles=tuple(principles.split("\n")) if principles else (),
+    )

@@ -6,14 +6,12 @@ whatever reads that can use it, a value model for PPO first of all. Imports torc
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from charter.errors import CheckpointError
-from charter.finetune.checkpoints import Vocabulary
+from charter.finetune.checkpoints import Vocabulary, quiet_loading
 
 
 def is_reward_model(folder: Path) -> bool:
@@ -34,7 +32,7 @@ def load(folder: Path, vocabulary: Vocabulary, *, seed: int = 0) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with _expected_keys_unreported():
+        with quiet_loading():  # a language model has no reward head, which is no news
             network, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=1,
@@ -58,21 +56,6 @@ def load(folder: Path, vocabulary: Vocabulary, *, seed: int = 0) -> Any:
     # The network reads the score where the last token that is no padding stands.
     network.config.get_text_config().pad_token_id = vocabulary.pad_id
     return network
-
-
-@contextmanager
-def _expected_keys_unreported() -> Iterator[None]:
-    """A language model has no reward head, and a reward model no language head: no news to anybody."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    utils = logging.getLogger("transformers.utils.loading_report")
-    levels = [(each, each.level) for each in (logger, utils)]
-    for each, _ in levels:
-        each.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for each, level in levels:
-            each.setLevel(level)
 
 
 def raw_scores(

@@ -26,6 +26,10 @@ class Pair:
     probability: float
     """That A is better."""
     human: bool = False
+    constitution_digest: str = ""
+    judge_digest: str = ""
+    principles: tuple[str, ...] = ()
+    """Ids of the principles that had a say."""
 
     @property
     def confidence(self) -> float:
@@ -64,7 +68,15 @@ def from_proto(event: events_pb2.PreferenceEvent, vocabulary: Vocabulary) -> Pai
             f"{where} has {longest} tokens; the reward model reads {vocabulary.context_length}; left out"
         )
     return Pair(
-        event.preference_id, event.prompt_id, prompt, *answers, float(event.probability_a), bool(event.human)
+        event.preference_id,
+        event.prompt_id,
+        prompt,
+        *answers,
+        float(event.probability_a),
+        bool(event.human),
+        event.constitution_digest,
+        event.judge.digest,
+        tuple(o.principle_id for o in event.opinions),
     )
 
 

@@ -10,7 +10,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from charter.errors import ConfigError
 from charter.feedback.scores import Normalisation, ended, normalisation
 from charter.finetune.checkpoints import Vocabulary, load_vocabulary, whole_folder
+from charter.registry import Labels
 from charter.reward import measure, network
 from charter.reward.augment import Answered, augment
 from charter.reward.config import RewardConfig
@@ -65,9 +67,12 @@ class Findings:
     job: Job
     candidate: Measured
     in_force: Measured | None
-    trained_on: int
+    learned: Labels
+    """The labels that were trained on."""
     replayed: int
+    """Those of them that are older than the window."""
     augmented: int
+    """Pairs that nobody labelled, beside them."""
     seconds: float
 
     def dumps(self) -> str:
@@ -87,7 +92,8 @@ class Findings:
         candidate = measured(record.pop("candidate"))
         assert candidate is not None
         in_force, job = measured(record.pop("in_force")), Job(**record.pop("job"))
-        return cls(job=job, candidate=candidate, in_force=in_force, **record)
+        learned = Labels(**record.pop("learned"))
+        return cls(job=job, candidate=candidate, in_force=in_force, learned=learned, **record)
 
 
 def run(
@@ -114,10 +120,30 @@ def run(
     evaluating()
     after = _measured(model, vocabulary, held, config)
     found = Findings(
-        job, after, before, len(pairs), len(chosen.replay), augmented, time.monotonic() - started
+        job=job,
+        candidate=after,
+        in_force=before,
+        learned=_learned(pairs),
+        replayed=len(chosen.replay),
+        augmented=augmented,
+        seconds=time.monotonic() - started,
     )
     _write(target, model, vocabulary, found)
     shutil.rmtree(_work(target), ignore_errors=True)
+
+
+def _learned(pairs: Sequence[Pair]) -> Labels:
+    """Which principles, judges and constitutions made the labels."""
+
+    def counted(names: Iterable[str]) -> dict[str, int]:
+        return dict(Counter(name for name in names if name))
+
+    return Labels(
+        count=len(pairs),
+        by_principle=counted(principle for pair in pairs for principle in pair.principles),
+        by_judge=counted(pair.judge_digest for pair in pairs),
+        by_constitution=counted(pair.constitution_digest for pair in pairs),
+    )
 
 
 def _work(target: Path) -> Path:

@@ -275,7 +275,7 @@ class RewardModel:
             raise CheckpointError(f"{self._models.target(job)} is gone; the round is done again")
         before = found.in_force.quality if found.in_force else None
         verdict = decide(found.candidate.quality, before, self._config.promotion)
-        await asyncio.to_thread(self._models.settle, found, verdict, self._config.keep_models)
+        await asyncio.to_thread(self._models.settle, found, verdict)
         folder = self._models.model
         if verdict.promoted and folder is not None:
             self._scorer = await asyncio.to_thread(
@@ -317,8 +317,8 @@ class RewardModel:
         if heldout >= schedule.min_heldout and upto > heldout:
             return ""
         return (
-            f"{upto} labels so far, {heldout} of them held out; a round needs {schedule.min_heldout} held-out "
-            f"ones (about {round(schedule.min_heldout / self._config.window.heldout_share)} labels)"
+            f"{upto} labels so far, {heldout} of them held out; a round needs {schedule.min_heldout} "
+            f"held-out ones (about {round(schedule.min_heldout / self._config.window.heldout_share)} labels)"
         )
 
     def _show_labels(self) -> None:
@@ -328,7 +328,7 @@ class RewardModel:
 
 def open_reward_model(config: RewardConfig, metrics: RewardMetrics) -> RewardModel:
     """Reads the folder and the tokenizer. Takes seconds; raises `CheckpointError`."""
-    models = ModelStore(config.folder)
+    models = ModelStore(config.folder, config.registry)
     init = _init_folder(config.init)
     vocabulary = load_vocabulary(models.model or init)
     known = models.state.tokenizer_digest
@@ -340,7 +340,7 @@ def open_reward_model(config: RewardConfig, metrics: RewardMetrics) -> RewardMod
     if not known:
         models.change(tokenizer_digest=vocabulary.digest)
     if models.model is None and (init / RECORD).is_file() and network.is_reward_model(init):
-        models.change(in_force=str(init.absolute()), reason="given by the configuration")
+        models.adopt(init)
     labels = LabelStore(config.folder / "labels.db")
     return RewardModel(config, vocabulary, init, models, labels, metrics)
 

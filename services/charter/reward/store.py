@@ -3,8 +3,9 @@
     state.json            the last round and its outcome, the model in force
     job.json              the round under way
     rounds/000003/        what the learner made of it
-    models/reward-000003/ models that are or were in force
-    current               a link to the one in force, for people and for the value model
+    current               a link to the model in force, for people and for the value model
+
+Models that are or were in force lie in a registry of checkpoints, each with the labels that made it.
 
 Every change is one rename. After a kill at any instant a round is done again, or its outcome is drawn
 from its findings again, which gives the same.
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from charter.errors import CheckpointError
 from charter.feedback.scores import Normalisation
 from charter.finetune.checkpoints import write_whole
+from charter.registry import Facts, Kind, Manifest, Registry, Status
 from charter.reward.promotion import Verdict
 from charter.reward.rounds import FINDINGS, RECORD, Findings, Job
 
@@ -35,7 +37,7 @@ class State:
     trained: int = 0
     """Labels that it saw: the first so many."""
     in_force: str = ""
-    """Folder of the model that scores, relative to ours or absolute; empty while there is none."""
+    """Id of the checkpoint that scores; empty while there is none."""
     tokenizer_digest: str = ""
     """Of all labels here."""
     outcome: str = ""
@@ -53,19 +55,19 @@ class State:
 class ModelStore:
     """The folder. One process at a time uses it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, registry: str = "") -> None:
         """Reads the state and clears up after a kill. Raises `CheckpointError`."""
         self.folder = folder
+        self.registry = Registry(registry or folder / "models")
         try:
-            for part in ("rounds", "models"):
-                (folder / part).mkdir(parents=True, exist_ok=True)
+            (folder / "rounds").mkdir(parents=True, exist_ok=True)
             file = folder / "state.json"
             self.state = State(**json.loads(file.read_text())) if file.exists() else State()
             job = folder / "job.json"
             self.job = Job(**json.loads(job.read_text())) if job.exists() else None
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{folder}: state.json or job.json cannot be read ({error}); restore it, or name another folder"
+                f"{folder}: state.json or job.json cannot be read ({error}); restore, or name another folder"
             ) from error
         if self.job is not None and self.job.number <= self.state.round:
             self._clear(self.job)
@@ -73,7 +75,7 @@ class ModelStore:
     @property
     def model(self) -> Path | None:
         """Folder of the model in force."""
-        return self.folder / self.state.in_force if self.state.in_force else None
+        return self.registry.resolve(self.state.in_force) if self.state.in_force else None
 
     def target(self, job: Job) -> Path:
         """Where the learner leaves a round."""
@@ -93,14 +95,13 @@ class ModelStore:
         file = self.target(job) / FINDINGS
         return Findings.loads(file.read_text()) if file.is_file() else None
 
-    def settle(self, found: Findings, verdict: Verdict, keep: int) -> None:
+    def settle(self, found: Findings, verdict: Verdict) -> None:
         """Ends a round: its model comes into force, or the old one stays."""
-        job, name = found.job, f"models/reward-{found.job.number:06d}"
-        made = self.target(job) / "model"
-        measured = found.candidate
+        job, measured = found.job, found.candidate
+        in_force = self.state.in_force
         if verdict.promoted:
-            if made.is_dir():
-                made.rename(self.folder / name)
+            in_force = self._register(found, verdict).id
+            self.registry.set_status(in_force, Status.SERVING, verdict.reason, asdict(measured.quality))
         elif found.in_force is not None:
             measured = found.in_force
         self._write(
@@ -108,7 +109,7 @@ class ModelStore:
                 self.state,
                 round=job.number,
                 trained=job.upto,
-                in_force=name if verdict.promoted else self.state.in_force,
+                in_force=in_force,
                 outcome="in_force" if verdict.promoted else "kept_old",
                 reason=verdict.reason,
                 accuracy=measured.quality.accuracy,
@@ -118,7 +119,29 @@ class ModelStore:
         )
         self._clear(job)
         self._link()
-        self._prune(keep)
+
+    def adopt(self, folder: Path) -> None:
+        """Puts a reward model in force that was made elsewhere."""
+        facts = Facts(Kind.REWARD, note="given by the configuration")
+        manifest = self.registry.write(facts, lambda into: _copy(folder, into))
+        self.registry.set_status(manifest.id, Status.SERVING, facts.note)
+        self.change(in_force=manifest.id, reason=facts.note)
+        self._link()
+
+    def _register(self, found: Findings, verdict: Verdict) -> Manifest:
+        """Writes the round's model to the registry; a second time changes nothing, its id is its content."""
+        learned = found.learned
+        facts = Facts(
+            Kind.REWARD,
+            parent=self.state.in_force,
+            step=found.job.number,
+            constitution_digest=_commonest(learned.by_constitution),
+            judge_digest=_commonest(learned.by_judge),
+            labels=learned,
+            evaluation={**asdict(found.candidate.quality), "drift": found.candidate.drift},
+            note=verdict.reason,
+        )
+        return self.registry.write(facts, lambda into: _copy(self.target(found.job) / "model", into))
 
     def give_up(self, job: Job, reason: str) -> None:
         """Ends a round that cannot be done; its labels are in the next round's window."""
@@ -149,14 +172,16 @@ class ModelStore:
         with contextlib.suppress(OSError):
             draft = self.folder / ".current"
             draft.unlink(missing_ok=True)
-            os.symlink(self.state.in_force, draft)
+            draft.symlink_to(self.registry.resolve(self.state.in_force).absolute())
             draft.replace(self.folder / "current")
 
-    def _prune(self, keep: int) -> None:
-        models = sorted((self.folder / "models").glob("reward-*"))
-        for old in models[: max(len(models) - keep, 0)]:
-            if old != self.model:
-                shutil.rmtree(old, ignore_errors=True)
+
+def _copy(source: Path, into: Path) -> None:
+    shutil.copytree(source, into, dirs_exist_ok=True)
+
+
+def _commonest(counts: Mapping[str, int]) -> str:
+    return max(counts, key=lambda name: (counts[name], name), default="")
 
 
 def scale_of(folder: Path) -> Normalisation:
