@@ -55,13 +55,16 @@ format: $(STAMP) ## formats and repairs what ruff can repair
 	@$(PYTHON) -m venv .tools && .tools/bin/python -m pip install -q 'uv>=0.9,<1' || \
 	  { echo "Charter could not install uv with pip; look above for the reason (most often: no package index within reach)"; exit 1; }
 
-# A virtual environment whose Python has gone (another machine, an upgrade) is made anew.
+# A virtual environment whose Python has gone (another machine, an upgrade) is made anew. What is slowest to import
+# is compiled at once: it saves several seconds at the first start, and at every start where Python may not write.
 $(STAMP): requirements.lock pyproject.toml | .tools/bin/uv
 	@echo "Installing into $(VENV) (once; about 6 GB, mostly torch) ..."
 	@$(PY) -c '' 2>/dev/null || $(UV) venv -q --clear --python $(PYTHON) $(VENV)
 	@$(UV) pip install -q --python $(PY) --require-hashes -r requirements.lock && \
 	  $(UV) pip install -q --python $(PY) --no-deps -e . || \
 	  { echo "Charter could not install its packages; look above for the reason (most often: no package index, or less than 8 GB of disk)"; exit 1; }
+	@$(PY) -m compileall -q -j 0 -x '/(tests|models)/' \
+	  $(foreach p,torch sympy transformers numpy,$(VENV)/lib/python*/site-packages/$(p)) >/dev/null || true
 	@touch $@
 
 .PHONY: install

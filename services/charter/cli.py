@@ -37,6 +37,8 @@ _PARTS = {
         "charter.bus.cli", "Lists, shows and replays what could not be processed.", "dead_letters_app"
     ),
     "checkpoints": _Part("charter.registry.cli", "Lists, shows and compares checkpoints."),
+    "sft": _Part("charter.sft.cli", "First phase: learns from revised answers.", "sft"),
+    "preferences": _Part("charter.reward.cli", "Imports preferences that people gave."),
     "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
     "eval": _Part("charter.evaluation.cli", "Measures a model on held-out prompts."),
 }

@@ -162,15 +162,18 @@ def test_the_official_client_is_answered(system: Run) -> None:
         assert report["verdict"] in ("passed", "flagged")
         assert [p["id"] for p in report["principles"]] in ([], ["no-harm"])
         with client.chat.completions.create(
-            model="charter", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, stream=True
+            model="charter",
+            messages=[{"role": "user", "content": "Hi"}],
+            max_tokens=8,
+            stream=True,
+            extra_headers={"x-charter-guard": "observe"},
         ) as stream:
             chunks = list(stream)
-        assert chunks[-1].model_extra["charter"]["guard"] == "gated"
-        assert chunks[-1].model_extra["charter"]["verdict"] in ("passed", "revised", "refused")
+        assert chunks[-1].model_extra["charter"]["constitution"] == report["constitution"]
 
 
 async def test_the_terminal_client_is_answered(system: Run) -> None:
-    options = ChatOptions(system.ready(), max_tokens=8)
+    options = ChatOptions(system.ready(), max_tokens=8, guard="observe")
     events = [event async for event in ask(options, [{"role": "user", "content": "Hello"}])]
     assert "".join(event.text for event in events)
     assert events[-1].verdict is not None

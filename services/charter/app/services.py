@@ -27,6 +27,14 @@ class Running(Protocol):
         ...
 
 
+class Endpoint(Running, Protocol):
+    """The gateway."""
+
+    async def wait(self) -> None:
+        """Returns when it has stopped."""
+        ...
+
+
 class Services:
     """The services of this process. Start each once, then `stop`, which may come before they are done."""
 
@@ -36,7 +44,7 @@ class Services:
         # The process's own registry has its memory, CPU and garbage collection, too.
         self._registry: CollectorRegistry = REGISTRY
         self._models = SharedModels(_open_model)
-        self._gateway: Running | None = None
+        self._gateway: Endpoint | None = None
         self._servers: list[Running] = []
 
     async def start_endpoint(self) -> str:
