@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.kafka import support
 
 from charter.bus import Bus, Cleanup, ConsumerOptions, TopicSpec, open_bus
 from charter.bus.sqlite import SqliteBus, SqliteOptions
@@ -83,5 +84,6 @@ def bus(log: Log) -> Bus:
 
 
 @pytest.fixture(scope="session")
-def kafka_uri() -> str:
-    return "kafka://" + os.environ["KAFKA_BOOTSTRAP"]
+def kafka_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with support.kafka_uri(tmp_path_factory.mktemp("kafka")) as uri:
+        yield uri

@@ -1,8 +1,13 @@
-"""Works around a livelock of kafka-python 3.0 when a group rebalances.
+"""Works around two faults of kafka-python 3.0 when a group rebalances.
 
-A member joins a group in the background while `poll` waits. When a poll gives up before that is complete and
-the join completes before the next poll, kafka-python forgets the result and joins again, which makes every
-other member join again, and so on without end. `remember_joins` keeps the result for the next poll.
+A member joins a group in the background while `poll` waits. A poll may give up before the join is complete;
+when the join then completes before the next poll,
+
+1. kafka-python forgets the result and joins again, which makes every other member join again, without end;
+2. or, when the join was made because a topic's partitions became known, it believes that there is nothing to
+   join, never looks at the result, and is thrown out of the group when the session ends.
+
+`remember_joins` keeps the result for the next poll, and says that a join which began must be finished.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ def remember_joins(coordinator: Any) -> None:
         return now.generation_id, now.member_id
 
     async def join_or_remember() -> bytes:
+        coordinator.request_rejoin()
         # Only of the generation that is current: a member that was thrown out has another.
         assignment = finished.pop(generation(), None)
         finished.clear()
