@@ -97,6 +97,18 @@ async def test_a_conversation_too_long_to_be_checked_is_withheld(tmp_path):
     assert caught.value.code == "context_length_exceeded"
 
 
+async def test_a_body_that_never_ends_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("charter.gateway.app._READ_SECONDS", 0.05)
+
+    async def parts():
+        yield b'{"model":'
+        await asyncio.sleep(20)
+
+    async with deployed(tmp_path, **OFF) as made:
+        status, error = await refused(made, data=parts())
+    assert (status, error["code"]) == (408, "request_timeout")
+
+
 async def test_control_characters(tmp_path):
     message = {"role": "user", "content": "hello\x1b[2J"}
     async with deployed(tmp_path, **OFF) as made:

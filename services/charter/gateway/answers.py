@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 from charter.gateway.gate import Outcome
 from charter.gateway.guard import GuardMode, Verdict
-from charter.lm.base import FinishReason, ModelVersion, Prompt, Sampling, Token
+from charter.lm.base import FinishReason, ModelVersion, Prompt, Role, Sampling, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,24 @@ class Call:
     include_usage: bool
     mode: GuardMode
     key_id: str
-    conversation: str
-    """Its name, by which an upstream is chosen: the client's, or one made from how it began."""
-    recorded_as: str
-    """Its name on the bus: the client's, or the request id (a hash of the words could be guessed back)."""
+    named: str
+    """The name that the client gave the conversation, or empty."""
     train: bool
     """Whether the user gives the conversation for training."""
+
+    @property
+    def conversation(self) -> str:
+        """The name by which an upstream is chosen; all turns of a conversation have the same.
+
+        Without a name from the client it is made from the key, the system message and the first question,
+        since turns are only ever added.
+        """
+        return self.named or _opening(self.prompt, self.key_id)
+
+    @property
+    def recorded_as(self) -> str:
+        """The name on the bus; the request id rather than a hash of words, which could be guessed back."""
+        return self.named or self.request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,15 @@ class Answer:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+
+
+def _opening(prompt: Prompt, key_id: str) -> str:
+    digest = hashlib.sha256(key_id.encode())
+    for message in prompt.messages:
+        digest.update(f"\0{message.role}\0{message.content}".encode())
+        if message.role is Role.USER:
+            break
+    return digest.hexdigest()[:32]
 
 
 def charter_field(call: Call, answer: Answer, total_seconds: float) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from charter.gateway.limits import Places
 from charter.gateway.metrics import GatewayMetrics
 from charter.gateway.requests import CharterOptions, ChatRequest, parse
 from charter.gateway.service import ChatService
-from charter.gateway.upstream import conversation_of
 from charter.telemetry.logs import bind_request_id, get_logger
 
 log = get_logger(__name__)
@@ -58,9 +57,7 @@ class Gateway:
         """`POST /v1/chat/completions`."""
         headers = request.headers
         access = self.doorkeeper.admit(headers)
-        async with asyncio.timeout(_READ_SECONDS):
-            raw = await _read(request, self.config.max_body_bytes)
-        body = parse(raw)
+        body = parse(await _read(request, self.config.max_body_bytes))
         if body.model != self.config.model:
             raise ApiError(
                 404,
@@ -72,16 +69,12 @@ class Gateway:
         if n > self.config.max_n:
             raise ApiError(400, f"n is at most {self.config.max_n} here.", code="invalid_value", param="n")
         mode = self.doorkeeper.mode(access, headers, body.guard)
-        prompt, sampling = (
-            body.prompt(),
-            body.sampling(self.config.default_max_tokens, self.config.default_temperature),
-        )
+        sampling = body.sampling(self.config.default_max_tokens, self.config.default_temperature)
         options = body.charter or CharterOptions()
-        request_id = request.scope["charter.request_id"]
         call = Call(
-            request_id=request_id,
+            request_id=request.scope["charter.request_id"],
             model=body.model,
-            prompt=prompt,
+            prompt=body.prompt(),
             sampling=sampling,
             n=n,
             logprobs=bool(body.logprobs),
@@ -89,8 +82,7 @@ class Gateway:
             include_usage=body.include_usage,
             mode=mode,
             key_id=access.key_id,
-            conversation=options.conversation or conversation_of(prompt, access.key_id),
-            recorded_as=options.conversation or request_id,
+            named=options.conversation or "",
             train=_given_for_training(headers, options),
         )
         reservation = self.doorkeeper.reserve(access, sampling.max_tokens * n)
@@ -162,11 +154,16 @@ async def _read(request: Request, limit: int) -> bytes:
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(_READ_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+                parts.append(part)
+    except TimeoutError:
+        message = f"The request did not arrive whole within {_READ_SECONDS:g} s; send it again."
+        raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
     return b"".join(parts)
 
 

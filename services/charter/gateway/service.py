@@ -64,7 +64,7 @@ class ChatService:
     async def answer(self, call: Call) -> Answer:
         """The whole answer. Raises `ApiError` when the critic is needed and away, else as the model."""
         started = time.perf_counter()
-        model = self.upstreams.choose(call.conversation).model
+        model = self.upstreams.choose(call).model
         samples = await model.generate(call.prompt, call.sampling, call.n)
         drafted = time.perf_counter() - started
         completions = samples.completions
@@ -96,7 +96,7 @@ class ChatService:
 
     async def _live(self, call: Call) -> AsyncIterator[Event]:
         started = time.perf_counter()
-        model = self.upstreams.choose(call.conversation).model
+        model = self.upstreams.choose(call).model
         written = [_Written() for _ in range(call.n)]
         async with Feed(model, call.prompt, call.sampling, call.n) as feed:
             while (batch := await feed.next(self._config.heartbeat_seconds)) is not None:

@@ -1,18 +1,18 @@
 """Which model answers a request.
 
 Today there is one. Whoever chooses between several (a canary, sticky by conversation) implements
-`Upstreams` and nothing else changes: the service asks `choose` once for each request, with the
-conversation's name, and uses what it gets for all of that request.
+`Upstreams` and nothing else changes: the service asks `choose` once for each request, and uses what it gets
+for all of that request.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from charter.lm.base import LanguageModel, ModelInfo, Prompt, Role
+from charter.gateway.answers import Call
+from charter.lm.base import LanguageModel, ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Upstream:
 class Upstreams(Protocol):
     """Chooses an upstream for each request."""
 
-    def choose(self, conversation: str) -> Upstream:
-        """The upstream for this conversation; the same name keeps its upstream."""
+    def choose(self, call: Call) -> Upstream:
+        """The upstream for this request; those of one `call.conversation` keep theirs."""
         ...
 
     async def info(self) -> ModelInfo:
@@ -48,7 +48,7 @@ class SingleUpstream:
         self._info: ModelInfo | None = None
         self._asked = 0.0
 
-    def choose(self, conversation: str) -> Upstream:
+    def choose(self, call: Call) -> Upstream:
         """See `Upstreams.choose`."""
         return self._upstream
 
@@ -63,16 +63,3 @@ class SingleUpstream:
     async def close(self) -> None:
         """See `Upstreams.close`."""
         await self._upstream.model.close()
-
-
-def conversation_of(prompt: Prompt, key_id: str) -> str:
-    """A name for a conversation whose client gave none: the same for all of its turns.
-
-    Turns are only ever added, so key, system message and first question stay the same.
-    """
-    digest = hashlib.sha256(key_id.encode())
-    for message in prompt.messages:
-        digest.update(f"\0{message.role}\0{message.content}".encode())
-        if message.role is Role.USER:
-            break
-    return digest.hexdigest()[:32]
