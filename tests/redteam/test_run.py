@@ -27,13 +27,14 @@ from charter.lm.base import ChatMessage, Role
 from charter.redteam.config import RedTeamConfig
 from charter.redteam.critics import InProcessCritic
 from charter.redteam.pipeline import Run
-from charter.redteam.prompts import RedTeamPrompt, prompt_id
+from charter.redteam.prompts import RedTeamPrompt, collect, prompt_id
 from charter.redteam.records import TOPIC, Revision
 from charter.redteam.store import RunFolder
 from charter.rpc.clients import CriticClient
 from charter.v1 import events_pb2
 
 CONFIG = RedTeamConfig(rounds=2, concurrency=4, rows_per_part=3, give_up_s=20)
+DATA = Path(__file__).parents[3] / "shared" / "data"
 QUICK = Backoff(0.01, 0.02)
 
 
@@ -144,6 +145,21 @@ async def test_datasets_loads_the_folder(bus, tmp_path, monkeypatch):
         loaded = datasets.load_dataset(**source, split="train", cache_dir=cache)
         assert loaded.num_rows == 7
         assert loaded[0]["rounds"][0]["principle_id"]
+
+
+@pytest.mark.parametrize("source", ["do-not-answer", "xstest", "simple-safety-tests"])
+async def test_the_public_data_sets_run_through_as_they_are(source, bus, tmp_path):
+    if not (DATA / source).is_dir():
+        pytest.skip(f"{DATA / source} is not beside this checkout")
+    asked = collect([str(DATA / source)]).prompts
+    config = RedTeamConfig(rounds=1)
+    with RunFolder(tmp_path / "out", bus, config) as folder:
+        outcome = await Run(
+            Scripted(answer), InProcessCritic(Scripted(answer), CONSTITUTION), folder, Watcher(), config
+        ).work(asked)
+    assert (outcome.finished, outcome.failed) == (len(asked), 0)
+    assert {r["prompt"] for r in rows(tmp_path / "out")} == {p.conversation[-1].content for p in asked}
+    assert len(events(bus)) == len(asked)
 
 
 # Going on -------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Run:
     ) -> None:
         self._model, self._critic, self._folder, self._watcher = model, critic, folder, watcher
         self._config = config
-        self._backoff = backoff or Backoff()
+        self._backoff = backoff or Backoff(0.2, 3.0)
         self._clock = _Clock()
         self._outcome = Outcome()
         self._working: asyncio.Task[None] | None = None
