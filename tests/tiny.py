@@ -103,11 +103,13 @@ def make_tiny_model(
     width: int = 32,
     layers: int = 2,
     spread: float = 0.2,
+    words_only: bool = False,
 ) -> Path:
     """Writes a random model with its tokenizer into `folder` and returns it.
 
     `architecture` is "llama", "gpt2" or "qwen2"; `spread` is the deviation of the weights (larger: the
-    model is more opinionated). Its context is `CONTEXT_LENGTH` tokens.
+    model is more opinionated). With `words_only`, lone bytes are never the likeliest token, so that greedy
+    answers are text. Its context is `CONTEXT_LENGTH` tokens.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -124,5 +126,7 @@ def make_tiny_model(
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name:
                 torch.nn.init.normal_(parameter, std=spread)
+        if words_only:
+            model.get_input_embeddings().weight.data[: len(SPECIAL_TOKENS) + 256] *= 0.01
     model.eval().save_pretrained(folder, safe_serialization=True)
     return folder

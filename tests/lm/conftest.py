@@ -46,8 +46,9 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
 
     @functools.cache
-    def make(architecture="llama", seed=0):
-        return make_tiny_model(root / f"{architecture}-{seed}", seed=seed, architecture=architecture)
+    def make(architecture="llama", seed=0, words_only=False):
+        folder = root / f"{architecture}-{seed}{'-words' * words_only}"
+        return make_tiny_model(folder, seed=seed, architecture=architecture, words_only=words_only)
 
     return make
 
@@ -55,7 +56,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(tiny):
     """`Reference` by architecture and seed."""
-    return functools.cache(lambda architecture="llama", seed=0: Reference(tiny(architecture, seed)))
+    return functools.cache(lambda *arguments: Reference(tiny(*arguments)))
 
 
 def ask(text, *, prefill="", system=None):

@@ -11,7 +11,7 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from charter.errors import BackendError, BackendUnsupported, ConfigError, RequestError
+from charter.errors import BackendError, BackendUnavailable, BackendUnsupported, ConfigError, RequestError
 from charter.lm.base import (
     Chunk,
     Completion,
@@ -140,7 +140,16 @@ class OpenAIModel:
         await self._server.close()
 
     async def _context_length(self) -> int:
-        models = await self._server.get("/models")
+        # A server that cannot list its models may still serve them (`transformers serve` searches its
+        # cache for half a minute, and fails where it has none).
+        try:
+            models = await self._server.get("/models", timeout_s=2)
+        except BackendUnavailable as e:
+            if isinstance(e.__cause__, TimeoutError):
+                return 0
+            raise
+        except (BackendError, RequestError):
+            return 0
         for entry in models.get("data") or ():
             if entry.get("id") == self._model:
                 return int(entry.get("max_model_len") or 0)

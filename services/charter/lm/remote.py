@@ -61,29 +61,20 @@ class HttpServer:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         self._session: aiohttp.ClientSession | None = None
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                headers=self._headers,
-                timeout=self._timeout,
-                connector=aiohttp.TCPConnector(limit=0),  # the caller's own limits decide
-            )
-        return self._session
-
-    async def get(self, path: str) -> Any:
+    async def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """The JSON at a path."""
-        return await self._json("GET", path, None)
+        return await self._json("GET", path, None, timeout_s)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON that answers a JSON body."""
-        return await self._json("POST", path, body)
+        return await self._json("POST", path, body, None)
 
-    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    async def _json(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
+    ) -> Any:
         try:
-            async with self._open().request(method, f"{self.base}{path}", json=body) as response:
+            async with await self._request(method, path, body, timeout_s) as response:
                 text = await response.text()
-                if response.status >= 400:
-                    raise http_error(response.status, text, f"{self.base}{path}")
         except (aiohttp.ClientError, TimeoutError) as e:
             raise unreachable(self.base, e) from e
         try:
@@ -94,22 +85,44 @@ class HttpServer:
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
         """The JSON of each server-sent event up to `[DONE]`; closing the iterator hangs up."""
         try:
-            async with self._open().post(f"{self.base}{path}", json=body) as response:
-                if response.status >= 400:
-                    raise http_error(response.status, await response.text(), f"{self.base}{path}")
-                rest = b""
-                # All that has arrived at once: reading line by line costs more than all the rest together.
-                async for arrived in response.content.iter_any():
-                    *lines, rest = (rest + arrived).split(b"\n")
-                    for line in lines:
-                        if not line.startswith(b"data:"):
-                            continue
-                        data = line[5:].decode().strip()
-                        if data == "[DONE]":
-                            return
-                        yield json.loads(data)
+            async with await self._request("POST", path, body, None) as response:
+                async for line in response.content:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    yield json.loads(data)
         except (aiohttp.ClientError, TimeoutError) as e:
             raise unreachable(self.base, e) from e
+
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
+    ) -> aiohttp.ClientResponse:
+        """A response of success; raises what any other means."""
+        timeout = self._timeout if timeout_s is None else aiohttp.ClientTimeout(total=timeout_s)
+        session, url = self._open(), f"{self.base}{path}"
+        try:
+            response = await session.request(method, url, json=body, timeout=timeout)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            # The server had closed an idle connection of the pool. It has no answer begun, so asking
+            # again repeats nothing.
+            response = await session.request(method, url, json=body, timeout=timeout)
+        if response.status >= 400:
+            async with response:
+                raise http_error(response.status, await response.text(), url)
+        return response
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                timeout=self._timeout,
+                connector=aiohttp.TCPConnector(limit=0),  # the caller's own limits decide
+            )
+        return self._session
 
     async def close(self) -> None:
         """Closes the connections; safe to repeat."""

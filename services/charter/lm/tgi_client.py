@@ -8,6 +8,7 @@ was sampled from. `score` reads log-probs of the prompt's own tokens (`decoder_i
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -37,12 +38,17 @@ class TgiModel:
 
     def __init__(self, base: str, *, api_key: str = "", timeout_s: float = 120.0, version: str = "") -> None:
         """`base` is the server's root; `version` names the model (default: what the server says)."""
-        from huggingface_hub import AsyncInferenceClient
-
         self._server = HttpServer(base, api_key=api_key, timeout_s=timeout_s)
-        self._client = AsyncInferenceClient(base_url=base, token=api_key or False, timeout=timeout_s)
+        # A token of our own in any case: without one, the client would send the user's hub token along.
+        self._options = {"base_url": base, "token": api_key or "none", "timeout": timeout_s}
+        self._client = self._open()
         self._named = version
         self._info: ModelInfo | None = None
+
+    def _open(self) -> Any:
+        from huggingface_hub import AsyncInferenceClient
+
+        return AsyncInferenceClient(**self._options)
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int = 1) -> Samples:
         """See `LanguageModel`; n requests at the same time."""
@@ -64,8 +70,9 @@ class TgiModel:
         stops, written = StopStrings(sampling.stop), 0
         held: list[Token] = []
         with _translated(self._server.base):
-            events = await self._client.text_generation(text, details=True, stream=True, **parameters)
-            async with contextlib.aclosing(events):
+            # A client of its own: the library holds a stream's connection until the client is closed.
+            async with self._open() as client:
+                events = await client.text_generation(text, details=True, stream=True, **parameters)
                 async for event in events:
                     held.append(_token(event.token, event.top_tokens))
                     written += 1
@@ -190,14 +197,15 @@ def _details(answer: Any, base: str) -> Any:
 
 
 def _token(token: Any, top: Sequence[Any] | None) -> Token:
-    alternatives = tuple(Alternative(t.id, t.text, float(t.logprob)) for t in top or ())
+    # The client leaves the inner records of a list of lists as dictionaries.
+    listed = [t if isinstance(t, dict) else vars(t) for t in top or ()]
+    alternatives = tuple(Alternative(t["id"], t["text"], float(t["logprob"])) for t in listed)
     return Token(token.id, token.text, float(token.logprob), alternatives)
 
 
 @contextlib.contextmanager
 def _translated(base: str) -> Any:
     """The client's failures as ours."""
-    import httpx
     from huggingface_hub.errors import (
         HfHubHTTPError,
         InferenceTimeoutError,
@@ -206,6 +214,7 @@ def _translated(base: str) -> Any:
         ValidationError,
     )
 
+    transport_error = _transport_error()
     try:
         yield
     except OverloadedError as e:
@@ -213,7 +222,15 @@ def _translated(base: str) -> Any:
     except ValidationError as e:
         kind = ContextOverflow if "tokens" in str(e) else RequestError
         raise kind(f"{base} refused the request: {e}") from e
-    except (InferenceTimeoutError, httpx.TransportError) as e:
+    except (InferenceTimeoutError, transport_error) as e:
         raise unreachable(base, e) from e
     except (TextGenerationError, HfHubHTTPError) as e:
         raise BackendError(f"{base} failed: {e}") from e
+
+
+def _transport_error() -> Any:
+    """What the HTTP library beneath huggingface_hub raises: httpx2 since its version 2, httpx before."""
+    for name in ("httpx2", "httpx"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).TransportError
+    return ConnectionError
