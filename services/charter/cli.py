@@ -128,7 +128,12 @@ def run(
     guard: Annotated[
         str | None, typer.Option(help="Default guard mode: off, observe, gated, always. (default: gated)")
     ] = None,
-    bus: Annotated[str | None, typer.Option(help="sqlite, or kafka://host:port. (default: sqlite)")] = None,
+    bus: Annotated[
+        str | None,
+        typer.Option(
+            help="sqlite, kafka (starts a broker), or a URI such as kafka://host:port. (default: sqlite)"
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")] = None,
     log_level: Annotated[
         str | None,
@@ -138,7 +143,7 @@ def run(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Any other setting, e.g. gateway.rate_per_minute=60."
+            "--set", metavar="KEY=VALUE", help="Any other setting, e.g. gateway.requests_per_minute=60."
         ),
     ] = None,
     show_settings: Annotated[

@@ -333,15 +333,15 @@ def sample(seed: int, kind: RequestClass, split: Split, count: int) -> list[Requ
 
 def _distinct(rng: random.Random, kind: RequestClass, split: Split, count: int) -> Iterator[Request]:
     seen: set[str] = set()
-    for _ in range(200 * count + 1000):
-        if len(seen) == count:
-            return
+    misses = 0
+    while len(seen) < count:
         request = draw(rng, kind, split)
         if request.text not in seen:
             seen.add(request.text)
+            misses = 0
             yield request
-    if len(seen) < count:
-        raise ValueError(f"the world has fewer than {count} distinct {split} requests of class {kind}")
+        elif (misses := misses + 1) > 5000:
+            raise ValueError(f"the world has fewer than {count} distinct {split} requests of class {kind}")
 
 
 def prompts(seed: int, count: int, classes: Sequence[RequestClass] = tuple(RequestClass)) -> list[str]:
