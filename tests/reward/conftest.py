@@ -71,17 +71,22 @@ def make_event(vocabulary: Vocabulary, number: int, seed: int = 0) -> events_pb2
     )
 
 
-@pytest.fixture
-def config(vocabulary: Vocabulary, tmp_path: Path) -> RewardConfig:
+def small_config(folder: Path, init: str) -> RewardConfig:
+    """Rounds of a second or two."""
     return RewardConfig(
-        init=str(vocabulary.folder),
-        folder=tmp_path / "reward",
+        init=init,
+        folder=folder,
         schedule=ScheduleConfig(first=160, every=80, min_heldout=20, catch_up=True),
         window=WindowConfig(newest=120, replay=24, heldout=60, heldout_share=0.3, reference=16),
         augment=AugmentConfig(mismatched=0.1, replaced=0.1),
         tuning=TuningConfig(learning_rate=4e-3, epochs=4, batch_size=16),
         learner=LearnerConfig(threads=1, niceness=0),
     )
+
+
+@pytest.fixture
+def config(vocabulary: Vocabulary, tmp_path: Path) -> RewardConfig:
+    return small_config(tmp_path / "reward", str(vocabulary.folder))
 
 
 def fill(config: RewardConfig, vocabulary: Vocabulary, count: int, start: int = 0) -> None:
