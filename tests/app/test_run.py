@@ -22,7 +22,8 @@ from tests.tiny import make_tiny_model
 
 from charter.app.chat import ChatOptions, ask
 
-START_S = 120.0
+START_S = 280.0
+"""Patience for a machine that does much else; no measure of speed."""
 
 
 class Run:

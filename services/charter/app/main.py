@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
+from charter.app.broker import bus_of
 from charter.app.explain import as_yaml
 from charter.app.ports import PortReservations
 from charter.app.screen import Screen
@@ -32,6 +34,7 @@ def run_from_flags(flags: Mapping[str, object], settings: Sequence[str], file: P
     logs.configure(common.log.level, common.log.json)
     with ExitStack() as stack:
         state = stack.enter_context(StateFolder(common.state, common.targets))
+        common = replace(common, bus=stack.enter_context(bus_of(common, state.path)))
         ports = stack.enter_context(closing(PortReservations()))
         deployment = read_deployment(sources, common, ports)
         runner = stack.enter_context(asyncio.Runner(loop_factory=_new_loop))

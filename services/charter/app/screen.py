@@ -35,7 +35,8 @@ class Screen:
         if common.targets != (Target.POLICY,):
             self._row("constitution", _about(common.constitution_name))
         self._row("kept in", str(_short(common.state)))
-        self._line(Text("\nloading the models ...", style="dim"))
+        alone = common.targets == (Target.GATEWAY,)
+        self._line(Text("\nlistening ..." if alone else "\nloading the models ...", style="dim"))
 
     def ready(self, seconds: float, address: str) -> None:
         """When requests are answered."""

@@ -63,7 +63,7 @@ class RunSettings:
     constitution: str = ""
     """A constitution's name or file; empty: `seed` for the seed model, `charter` for any other."""
     bus: str = "sqlite"
-    """`sqlite` (a file in the state folder), or a bus URI."""
+    """`sqlite` (a file in the state folder), `kafka` (a broker started for this run), or a bus URI."""
     log: LogSettings = field(default_factory=LogSettings)
 
     @property
