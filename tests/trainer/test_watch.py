@@ -7,12 +7,12 @@ import torch
 from tests.trainer.world import VOCABULARY, config, llama, value_model
 
 from charter.errors import TrainingStopped
+from charter.trainer.config import WatchConfig
 from charter.trainer.rollout import Rollout
 from charter.trainer.update import Updater
 from charter.trainer.watch import (
     Observation,
     Watch,
-    WatchConfig,
     near_duplicate_share,
     observe,
     repeats_itself,

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from charter.errors import ConfigError
-from charter.trainer.algorithm.kl import Estimator
+from charter.finetune.config import LoraConfig
 
+Estimator = Literal["k1", "k2", "k3"]
 ScoreSlot = Literal["last_token", "after_last_token"]
+
+REFUSAL_OPENINGS = (
+    "i can't",
+    "i cannot",
+    "i won't",
+    "i will not",
+    "i'm not able",
+    "i am not able",
+    "i'm unable",
+    "i am unable",
+    "i'm sorry",
+    "i am sorry",
+    "sorry",
+    "i must decline",
+    "i refuse",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +76,11 @@ class PPOConfig:
     kl_estimator: Estimator = "k1"
     """Of the divergence in the rewards."""
 
-    score_clip: float | None = 4.0
-    """Scores are held within ± this; None leaves them."""
-    missing_stop_penalty: float = 8.0
-    """Taken from the score of an answer that did not reach a stop token."""
+    score_clip: float | None = None
+    """Scores are held within ± this; None leaves them, since the reward service clamps already."""
+    missing_stop_penalty: float = 0.0
+    """Taken from the score of an answer that did not reach a stop token; 0, since the reward service gives
+    such answers a fixed score."""
     whiten_rewards: bool = False
     """Scale the token rewards to variance 1 (their mean stays)."""
     unbiased_variance: bool = True
@@ -99,3 +118,85 @@ class PPOConfig:
         """The learning rate of a model at a step, counted from 0."""
         full = self.learning_rate if not value else (self.value_learning_rate or self.learning_rate)
         return full * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else full
+
+
+@dataclass(frozen=True, slots=True)
+class WatchConfig:
+    """When a run has drifted. Shares and rates are in [0, 1]."""
+
+    kl_budget: float = 20.0
+    """Nats per answer from the reference."""
+    step_kl_budget: float = 0.5
+    """Nats per token that one update may move."""
+    entropy_floor: float = 0.3
+    """Entropy may fall to this share of the baseline's."""
+    entropy_ceiling: float = 2.5
+    """Entropy may rise to this multiple of the baseline's: beyond it, words become noise."""
+    refusal_rise: float = 0.35
+    """Refusals may rise by this share of all answers over the baseline."""
+    refusal_limit: float = 0.95
+    """More refusals than this are never right, whatever the baseline."""
+    length_factor: float = 2.5
+    """Mean answer length may grow or shrink by this factor."""
+    cut_off_limit: float = 0.5
+    """Share of answers that never stop."""
+    repetition_limit: float = 0.3
+    """Share of answers that repeat themselves (see `repeats_itself`)."""
+    boilerplate_rise: float = 0.35
+    """Share of answers that nearly equal another answer to another prompt may rise by this."""
+    baseline_steps: int = 3
+    """Steps whose means are the baseline; drift is not judged before they are over."""
+    patience: int = 3
+    """Steps in a row that must object before the run stops; what is not finite stops it at once."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work."""
+        if self.baseline_steps < 1 or self.patience < 1:
+            raise ConfigError("watch options baseline_steps and patience must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerConfig:
+    """The trainer as a service: what it starts from, where labels come from, how often it saves."""
+
+    policy: str = ""
+    """What a new lineage starts from, and its reference: a checkpoint id, a folder, `seed`, or a hub id;
+    empty: the checkpoint in force. A lineage that has begun goes on from its newest checkpoint."""
+    value: str = ""
+    """What the value model starts from: a reward model's checkpoint id or folder; empty: the reward model in
+    force, or the policy with a head that starts at zero."""
+    registry: str = ".charter/checkpoints"
+    """Folder or address of the checkpoints."""
+    bus: str = "sqlite:.charter/bus.db"
+    """The log: sqlite:<file> or kafka://host:port."""
+    reward: str = "127.0.0.1:50054"
+    """host:port of the reward service."""
+    work: Path = Path(".charter/trainer")
+    """Folder for what was begun and is not yet in a checkpoint; must survive a restart."""
+    log: Path | None = None
+    """Folder for metrics.jsonl and TensorBoard's files; None writes neither."""
+    member: str = "trainer-0"
+    """Name in the consumer group; a new process with it takes over from the old one."""
+    labels_per_step: int = 32
+    """Labelled pairs of one PPO step; each gives two answers."""
+    checkpoint_every: int = 5
+    """Steps between two checkpoints."""
+    steps: int = 0
+    """The training ends after this many steps of the lineage; 0: never."""
+    constitution_digest: str = ""
+    """Labels that were given under another constitution go to the dead letters; empty takes all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the models; log-probs and losses are float32 in any case."""
+    refusal_openings: tuple[str, ...] = REFUSAL_OPENINGS
+    """How answers begin that decline; the watch counts them."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters instead of all weights, for policy and value model alike."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, with the reason."""
+        if self.labels_per_step < 1 or self.checkpoint_every < 1 or self.steps < 0:
+            raise ConfigError(
+                "labels_per_step and checkpoint_every must be at least 1, and steps must not be negative"
+            )

@@ -13,46 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from charter.errors import ConfigError, TrainingStopped
+from charter.errors import TrainingStopped
 from charter.trainer.algorithm.metrics import UpdateMetrics
+from charter.trainer.config import WatchConfig
 
 IsRefusal = Callable[[str], bool]
 """Whether an answer declines its request; passed in, since what a refusal looks like is not ours to say."""
-
-
-@dataclass(frozen=True, slots=True)
-class WatchConfig:
-    """When a run has drifted. Shares and rates are in [0, 1]."""
-
-    kl_budget: float = 20.0
-    """Nats per answer from the reference."""
-    step_kl_budget: float = 0.5
-    """Nats per token that one update may move."""
-    entropy_floor: float = 0.3
-    """Entropy may fall to this share of the baseline's."""
-    entropy_ceiling: float = 2.5
-    """Entropy may rise to this multiple of the baseline's: beyond it, words become noise."""
-    refusal_rise: float = 0.35
-    """Refusals may rise by this share of all answers over the baseline."""
-    refusal_limit: float = 0.95
-    """More refusals than this are never right, whatever the baseline."""
-    length_factor: float = 2.5
-    """Mean answer length may grow or shrink by this factor."""
-    cut_off_limit: float = 0.5
-    """Share of answers that never stop."""
-    repetition_limit: float = 0.3
-    """Share of answers that repeat themselves (see `repeats_itself`)."""
-    boilerplate_rise: float = 0.35
-    """Share of answers that nearly equal another answer to another prompt may rise by this."""
-    baseline_steps: int = 3
-    """Steps whose means are the baseline; drift is not judged before they are over."""
-    patience: int = 3
-    """Steps in a row that must object before the run stops; what is not finite stops it at once."""
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        if self.baseline_steps < 1 or self.patience < 1:
-            raise ConfigError("watch options baseline_steps and patience must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)

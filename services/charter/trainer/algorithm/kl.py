@@ -7,12 +7,10 @@ of lower variance); k2 = (log r)²/2 is biased and serves as a cheap distance be
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Estimator = Literal["k1", "k2", "k3"]
+from charter.trainer.config import Estimator
 
 
 def kl_estimate(logp: Tensor, logq: Tensor, estimator: Estimator = "k1") -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from charter.trainer.algorithm.kl import Estimator, kl_estimate
+from charter.trainer.algorithm.kl import kl_estimate
+from charter.trainer.config import Estimator
 
 
 def last_slots(lengths: Tensor) -> Tensor:
