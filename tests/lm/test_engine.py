@@ -22,7 +22,13 @@ from charter.errors import (
 from charter.lm import open_model
 from charter.lm.base import FinishReason, Sampling
 from charter.lm.checkpoint import load_checkpoint
-from charter.lm.engine_network import TransformersNetwork, WholeNetwork, _difference
+from charter.lm.engine_network import (
+    FusedLlama,
+    TransformersNetwork,
+    WholeNetwork,
+    _difference,
+    choose_network,
+)
 
 PROMPTS = [ask("word " * n + "?", system="Rules." if n % 2 else None) for n in (1, 9, 2, 30, 5, 17, 3, 60)]
 BLOCKED = (0, 1, 2, 3)
@@ -100,8 +106,22 @@ async def test_greedy_answers_are_those_of_transformers(tiny, reference):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_way_of_running_a_model_gives_its_own_numbers(tiny, architecture):
     checkpoint = load_checkpoint(str(tiny(architecture)))
-    for build in (TransformersNetwork, WholeNetwork):
+    ways = [TransformersNetwork, WholeNetwork] + [FusedLlama] * (architecture != "gpt2")
+    for build in ways:
         assert _difference(checkpoint.network, build(checkpoint.network), 512) < 1e-4
+    chosen = choose_network(checkpoint.network, 512, "tiny")
+    assert isinstance(chosen, ways[-1] if architecture != "gpt2" else TransformersNetwork)
+
+
+def test_a_model_that_the_engine_would_run_wrongly_is_refused(tiny, monkeypatch):
+    model = load_checkpoint(str(tiny())).network
+    monkeypatch.setattr("charter.lm.engine_network._FUSED_CLASSES", ())
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersNetwork, "logits", lambda self, hidden: hidden @ self._head.weight.T * 1.5)
+        patch.setattr(WholeNetwork, "logits", lambda self, hidden: hidden * 0.5)
+        with pytest.raises(CheckpointError, match=r"LlamaForCausalLM.*log-probs differ.*vLLM"):
+            choose_network(model, 512, "tiny")
+    assert isinstance(choose_network(model, 512, "tiny"), TransformersNetwork)
 
 
 async def test_frequencies_of_first_tokens_follow_the_model(tiny, reference):

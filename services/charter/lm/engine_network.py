@@ -24,12 +24,17 @@ _FUSED_CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 _FUSED_LIMIT = 200_000_000
 """Parameters. Above, matrix products dwarf the overhead and a second copy of the matrices costs memory."""
 
+_Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries, keys and values [rows, heads, tokens, dim] to [rows * tokens, heads * dim]."""
+
 
 class Network(Protocol):
     """The forward pass, split where the engine needs it."""
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache) -> Tensor:
-        """Hidden states [rows, new, width] of new tokens [rows, new].
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache, at: Tensor
+    ) -> Tensor:
+        """Runs new tokens [rows, new]; the hidden states [n, width] of those `at` [n], rows laid end to end.
 
         `mask` is added to attention scores, [rows, 1, new, seen]; None means causal among the new tokens.
         """
@@ -48,17 +53,20 @@ class TransformersNetwork:
         self._head = model.get_output_embeddings()
         if self._base is model or self._head is None:
             raise ValueError("the model has no separate head")
+        self._dtype = self._head.weight.dtype
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache) -> Tensor:
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache, at: Tensor
+    ) -> Tensor:
         """See `Network`."""
         output = self._base(
             input_ids=token_ids,
-            attention_mask=mask,
+            attention_mask=_explicit(mask, token_ids, self._dtype),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state.flatten(0, 1)[at]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Network`."""
@@ -70,21 +78,33 @@ class WholeNetwork:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._dtype = next(model.parameters()).dtype
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache) -> Tensor:
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache, at: Tensor
+    ) -> Tensor:
         """See `Network`."""
         output = self._model(
             input_ids=token_ids,
-            attention_mask=mask,
+            attention_mask=_explicit(mask, token_ids, self._dtype),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits  # type: ignore[no-any-return]
+        return output.logits.flatten(0, 1)[at]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Network`."""
         return hidden
+
+
+def _explicit(mask: Tensor | None, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask, or the causal one: models guess from ids and cache what a missing mask means."""
+    if mask is not None:
+        return mask
+    new = token_ids.shape[1]
+    square = torch.full((new, new), float("-inf"), dtype=dtype, device=token_ids.device)
+    return square.triu_(1).expand(token_ids.shape[0], 1, new, new)
 
 
 class FusedLlama:
@@ -108,6 +128,7 @@ class FusedLlama:
         self._embedding = body.embed_tokens.weight
         self._eps = config.rms_norm_eps
         self._norm = body.norm.weight
+        self._width = (config.hidden_size,)
         self._head = model.get_output_embeddings()
         self._layers = [_FusedLayer(layer) for layer in body.layers]
         rotary = body.rotary_emb
@@ -118,35 +139,115 @@ class FusedLlama:
         self._cos = (torch.cat((angles.cos(), angles.cos()), -1) * factor).to(dtype)
         self._sin = (torch.cat((-angles.sin(), angles.sin()), -1) * factor).to(dtype)
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache) -> Tensor:
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: SlotCache, at: Tensor
+    ) -> Tensor:
         """See `Network`."""
         rows, new = token_ids.shape
-        dim, heads, kv_heads = self._head_dim, self._heads, self._kv_heads
         flat = positions.reshape(-1)
         cos, sin = self._cos[flat][:, None], self._sin[flat][:, None]
         x = functional.embedding(token_ids.reshape(-1), self._embedding)
-        width = (x.shape[-1],)
-        attend = self._decode_attention(mask) if new == 1 and mask is not None else self._attention(mask)
-        for i, layer in enumerate(self._layers):
-            h = functional.rms_norm(x, width, layer.norm_in, self._eps)
-            qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(rows * new, -1, dim)
-            turned = qkv[:, : heads + kv_heads]
-            halves = torch.cat((turned[..., dim // 2 :], turned[..., : dim // 2]), -1)
-            turned = torch.addcmul(turned * cos, halves, sin).view(rows, new, -1, dim).transpose(1, 2)
-            value = qkv[:, heads + kv_heads :].view(rows, new, -1, dim).transpose(1, 2)
-            keys, values = cache.update(turned[:, heads:], value, i)
-            seen = attend(turned[:, :heads], keys, values)
-            x = torch.addmm(x, seen, layer.out)
-            h = functional.rms_norm(x, width, layer.norm_out, self._eps)
-            gate, up = functional.linear(h, layer.gate_up).chunk(2, -1)
-            x = torch.addmm(x, functional.silu(gate) * up, layer.down)
-        return functional.rms_norm(x, width, self._norm, self._eps).view(rows, new, -1)
+        if new == 1 and mask is not None:
+            attend = self._decode_attention(mask)
+            for i, layer in enumerate(self._layers):
+                x = self._layer(i, layer, x, (rows, 1), cos, sin, cache, attend)
+            x = x[at]
+        else:
+            attend = self._attention(mask)
+            for i, layer in enumerate(self._layers[:-1]):
+                x = self._layer(i, layer, x, (rows, new), cos, sin, cache, attend)
+            x = self._last_layer(x, (rows, new), cos, sin, mask, cache, at)
+        return functional.rms_norm(x, self._width, self._norm, self._eps)
+
+    def _layer(
+        self,
+        index: int,
+        layer: _FusedLayer,
+        x: Tensor,
+        shape: tuple[int, int],
+        cos: Tensor,
+        sin: Tensor,
+        cache: SlotCache,
+        attend: _Attend,
+    ) -> Tensor:
+        heads, both = self._heads, self._heads + self._kv_heads
+        h = functional.rms_norm(x, self._width, layer.norm_in, self._eps)
+        qkv = functional.linear(h, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, self._head_dim)
+        turned = self._turn(qkv[:, :both], cos, sin).view(*shape, both, -1).transpose(1, 2)
+        value = qkv[:, both:].view(*shape, -1, self._head_dim).transpose(1, 2)
+        keys, values = cache.update(turned[:, heads:], value, index)
+        return self._after_attention(layer, x, attend(turned[:, :heads], keys, values))
+
+    def _last_layer(
+        self,
+        x: Tensor,
+        shape: tuple[int, int],
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: SlotCache,
+        at: Tensor,
+    ) -> Tensor:
+        """The last layer: keys and values of all tokens, everything else only of those that are wanted.
+
+        Reading a prompt wants one state of a hundred, so this saves most of a layer.
+        """
+        layer, (rows, new) = self._layers[-1], shape
+        split = self._heads * self._head_dim
+        bias_q, bias_kv = (None, None) if layer.qkv_bias is None else layer.qkv_bias.tensor_split((split,))
+        h = functional.rms_norm(x, self._width, layer.norm_in, self._eps)
+        kv = functional.linear(h, layer.qkv[split:], bias_kv).view(rows * new, -1, self._head_dim)
+        key = self._turn(kv[:, : self._kv_heads], cos, sin)
+        key, value = (
+            t.view(rows, new, -1, self._head_dim).transpose(1, 2) for t in (key, kv[:, self._kv_heads :])
+        )
+        keys, values = cache.update(key, value, len(self._layers) - 1)
+        query = functional.linear(h[at], layer.qkv[:split], bias_q).view(len(at), -1, self._head_dim)
+        query = self._turn(query, cos[at], sin[at])
+        seen = self._attend_some(query, keys, values, mask, at)
+        return self._after_attention(layer, x[at], seen)
+
+    def _attend_some(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, at: Tensor
+    ) -> Tensor:
+        """Attention of single tokens [n, heads, dim] to their rows; rows with fewer are filled up."""
+        rows, _, new, _ = keys.shape
+        row, column = at // new, at % new
+        order = torch.argsort(row, stable=True)
+        counts = torch.bincount(row, minlength=rows)
+        place = torch.empty_like(at)
+        place[order] = torch.arange(len(at), device=at.device) - (counts.cumsum(0) - counts)[row[order]]
+        width = int(counts.max())
+        columns = column.new_zeros((rows, width))
+        columns[row, place] = column
+        queries = query.new_zeros((rows, width, *query.shape[1:]))
+        queries[row, place] = query
+        if mask is None:
+            beyond = torch.arange(new, device=at.device) > columns[:, :, None]
+            some = torch.zeros(beyond.shape, dtype=query.dtype, device=at.device)
+            some = some.masked_fill_(beyond, float("-inf"))[:, None]
+        else:
+            some = mask.expand(rows, 1, new, new)[torch.arange(rows)[:, None], 0, columns][:, None]
+        seen = self._attention(some)(queries.transpose(1, 2), keys, values)
+        return seen.view(rows, width, -1)[row, place]
+
+    def _turn(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary position embedding of [n, heads, dim]."""
+        half = self._head_dim // 2
+        halves = torch.cat((states[..., half:], states[..., :half]), -1)
+        return torch.addcmul(states * cos, halves, sin)
+
+    def _after_attention(self, layer: _FusedLayer, x: Tensor, seen: Tensor) -> Tensor:
+        x = torch.addmm(x, seen, layer.out)
+        h = functional.rms_norm(x, self._width, layer.norm_out, self._eps)
+        gate, up = functional.linear(h, layer.gate_up).chunk(2, -1)
+        return torch.addmm(x, functional.silu(gate) * up, layer.down)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Network`."""
         return self._head(hidden)  # type: ignore[no-any-return]
 
-    def _attention(self, mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _attention(self, mask: Tensor | None) -> _Attend:
         def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             seen = functional.scaled_dot_product_attention(
                 query,
@@ -161,7 +262,7 @@ class FusedLlama:
 
         return attend
 
-    def _decode_attention(self, mask: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _decode_attention(self, mask: Tensor) -> _Attend:
         """One query for each row: two batched products over [rows * key heads]."""
         rows, _, _, columns = mask.shape
         bias = mask.expand(rows, self._kv_heads, 1, columns).reshape(rows * self._kv_heads, 1, columns)
@@ -230,32 +331,36 @@ def _difference(model: Any, network: Network, context_length: int) -> float:
         alone = ids[i : i + 1, : end + 3].to(device)
         logits = model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits
         expected.append(torch.log_softmax(logits[0, end - 1 :].float(), -1))
-    found = torch.stack(list(_engine_way(network, ids, ends, device)), 1)
+    found = torch.stack(list(_engine_way(network, ids, ends, device, next(model.parameters()).dtype)), 1)
     worst = max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True))
     return float("inf") if math.isnan(worst) else worst
 
 
-def _engine_way(network: Network, ids: Tensor, ends: tuple[int, ...], device: Any) -> Iterator[Tensor]:
+def _engine_way(
+    network: Network, ids: Tensor, ends: tuple[int, ...], device: Any, dtype: torch.dtype
+) -> Iterator[Tensor]:
     packed = pack([ids[i, :end].tolist() for i, end in enumerate(ends)])
+    paths = [torch.from_numpy(p).to(device) for p in packed.paths]
+    width = packed.token_ids.shape[1]
     cache = SlotCache(max_rows=len(ends))
     cache.begin_packed()
     hidden = network.hidden(
         torch.from_numpy(packed.token_ids).to(device),
         torch.from_numpy(packed.positions).to(device),
-        None if packed.mask is None else torch.from_numpy(packed.mask).to(device),
+        None if packed.mask is None else torch.from_numpy(packed.mask).to(device, dtype),
         cache,
+        torch.stack([r * width + p[-1] for r, p in zip(packed.rows, paths, strict=True)]),
     )
-    paths = [torch.from_numpy(p).to(device) for p in packed.paths]
     cache.commit(range(len(ends)), packed.rows, paths)
-    last = torch.stack([hidden[r, p[-1]] for r, p in zip(packed.rows, paths, strict=True)])
-    yield torch.log_softmax(network.logits(last).float(), -1)
+    yield torch.log_softmax(network.logits(hidden).float(), -1)
     for step in range(3):
         positions = torch.tensor([end + step for end in ends], device=device)
         tokens = torch.stack([ids[i, end + step] for i, end in enumerate(ends)]).to(device)
         cache.begin_decode(positions, max(ends) + step + 1)
-        mask = decode_mask(positions, max(ends) + step + 1, hidden.dtype)
-        hidden = network.hidden(tokens[:, None], positions[:, None], mask, cache)
-        yield torch.log_softmax(network.logits(hidden[:, 0]).float(), -1)
+        mask = decode_mask(positions, max(ends) + step + 1, dtype)
+        everything = torch.arange(len(ends), device=device)
+        hidden = network.hidden(tokens[:, None], positions[:, None], mask, cache, everything)
+        yield torch.log_softmax(network.logits(hidden).float(), -1)
 
 
 def decode_mask(positions: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

@@ -45,6 +45,25 @@ class Limits:
     """Bound of the key-value cache; a single answer is admitted whatever it needs."""
 
 
+class _Wanted:
+    """The tokens of a packed pass whose states are needed, each once."""
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
+        self._width = packed.token_ids.shape[1]
+        self._at: dict[int, int] = {}
+
+    def index(self, sequence: int, token: int) -> int:
+        """Where the state after a sequence's token will be found."""
+        node = self._packed.rows[sequence] * self._width + int(self._packed.paths[sequence][token])
+        return self._at.setdefault(node, len(self._at))
+
+    @property
+    def nodes(self) -> list[int]:
+        """The tokens, as in rows laid end to end."""
+        return list(self._at)
+
+
 class Runner:
     """Weights, their cache, and the answers that they are writing."""
 
@@ -166,39 +185,43 @@ class Runner:
         """One packed pass over new prompts and scorings."""
         parts = [(s, c) for s in scorings for c in s.continuations if c]
         sequences = [*(a.prompt_ids for a in answers), *(s.prompt_ids + c[:-1] for s, c in parts)]
+        found: dict[tuple[int, tuple[int, ...]], list[float]] = {}
         if sequences:
             packed = pack(sequences)
-            hidden = self._packed_pass(packed, answers)
-            width = packed.token_ids.shape[1]
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            self._begin(answers, packed, flat, width, outbox)
-            logprobs = self._score(parts, packed, flat, width, skip=len(answers))
-        else:
-            logprobs = {}
+            wanted = _Wanted(packed)
+            ends = [wanted.index(n, -1) for n in range(len(answers))]
+            asked = [
+                (wanted.index(n, len(s.prompt_ids) - 1 + k), token_id)
+                for n, (s, c) in enumerate(parts, len(answers))
+                for k, token_id in enumerate(c)
+            ]
+            hidden = self._packed_pass(packed, answers, wanted)
+            if answers:
+                self._begin(answers, hidden[torch.tensor(ends, device=self._device)], outbox)
+            if asked:
+                logprobs = iter(self._logprobs(hidden, asked))
+                found = {(id(s), c): [next(logprobs) for _ in c] for s, c in parts}
         for scoring in scorings:
-            outbox.append(
-                (scoring.inbox, [logprobs.get((id(scoring), c), []) for c in scoring.continuations])
-            )
+            outbox.append((scoring.inbox, [found.get((id(scoring), c), []) for c in scoring.continuations]))
 
-    def _packed_pass(self, packed: Packed, answers: list[Answer]) -> Tensor:
+    def _packed_pass(self, packed: Packed, answers: list[Answer], wanted: _Wanted) -> Tensor:
+        """Hidden states of the wanted tokens; the prompts' keys and values go to their slots."""
         self._cache.begin_packed()
         hidden = self._network.hidden(
             self._tensor(packed.token_ids),
             self._tensor(packed.positions),
             None if packed.mask is None else self._tensor(packed.mask).to(self._dtype),
             self._cache,
+            torch.tensor(wanted.nodes, device=self._device),
         )
         first, count = len(self._active), len(answers)
         paths = [slice(0, len(p)) if p[-1] == len(p) - 1 else self._tensor(p) for p in packed.paths[:count]]
         self._cache.commit(range(first, first + count), packed.rows[:count], paths)
         return hidden
 
-    def _begin(self, answers: list[Answer], packed: Packed, flat: Tensor, width: int, outbox: Outbox) -> None:
+    def _begin(self, answers: list[Answer], hidden: Tensor, outbox: Outbox) -> None:
         """First tokens of the new answers."""
-        if not answers:
-            return
-        ends = [r * width + int(p[-1]) for r, p in zip(packed.rows, packed.paths, strict=True)]
-        logits = self._network.logits(flat[torch.tensor(ends[: len(answers)], device=self._device)])
+        logits = self._network.logits(hidden)
         plan = Plan.of([a.sampling for a in answers], logits.shape[-1], self._device)
         drawn = draw(logits, plan, self._blocked, [a.uniform() for a in answers])
         first = len(self._active)
@@ -206,33 +229,13 @@ class Runner:
         self._plan = None
         self._take(drawn, first, outbox)
 
-    def _score(
-        self,
-        parts: Sequence[tuple[Scoring, tuple[int, ...]]],
-        packed: Packed,
-        flat: Tensor,
-        width: int,
-        skip: int,
-    ) -> dict[tuple[int, tuple[int, ...]], list[float]]:
-        """Log-probs of every continuation, by scoring and ids; shared positions are computed once."""
-        nodes: dict[int, int] = {}
-        wanted: list[tuple[int, int]] = []  # index into nodes, token id
-        for (scoring, ids), row, path in zip(parts, packed.rows[skip:], packed.paths[skip:], strict=True):
-            columns = path[len(scoring.prompt_ids) - 1 :].tolist()
-            for column, token_id in zip(columns, ids, strict=True):
-                wanted.append((nodes.setdefault(row * width + column, len(nodes)), token_id))
-        if not wanted:
-            return {}
-        at = torch.tensor(list(nodes), device=self._device)
-        values = iter(self._logprobs_at(flat, at, wanted))
-        return {(id(s), ids): [next(values) for _ in ids] for s, ids in parts}
-
-    def _logprobs_at(self, flat: Tensor, at: Tensor, wanted: list[tuple[int, int]]) -> list[float]:
-        index = torch.tensor(wanted, device=self._device)
+    def _logprobs(self, hidden: Tensor, asked: Sequence[tuple[int, int]]) -> list[float]:
+        """Log-probs of tokens after states, both given by (index into `hidden`, token id)."""
+        index = torch.tensor(asked, device=self._device)
         size = max(1, _LOGITS_AT_ONCE // self.codec.vocabulary_size)
-        found = torch.empty(len(wanted), device=self._device)
-        for start in range(0, at.shape[0], size):
-            logits = self._network.logits(flat[at[start : start + size]]).float()
+        found = torch.empty(len(asked), device=self._device)
+        for start in range(0, hidden.shape[0], size):
+            logits = self._network.logits(hidden[start : start + size]).float()
             inside = (index[:, 0] >= start) & (index[:, 0] < start + size)
             rows, tokens = index[inside, 0] - start, index[inside, 1]
             found[inside] = logits[rows, tokens] - logits.logsumexp(-1)[rows]
@@ -248,8 +251,9 @@ class Runner:
         columns = max(a.position for a in active) + 1
         self._cache.begin_decode(positions, columns)
         mask = decode_mask(positions, columns, self._dtype)
-        hidden = self._network.hidden(tokens[:, None], positions[:, None], mask, self._cache)
-        logits = self._network.logits(hidden[:, 0])
+        everything = torch.arange(len(active), device=self._device)
+        hidden = self._network.hidden(tokens[:, None], positions[:, None], mask, self._cache, everything)
+        logits = self._network.logits(hidden)
         if self._plan is None:
             self._plan = Plan.of([a.sampling for a in active], logits.shape[-1], self._device)
         drawn = draw(logits, self._plan, self._blocked, [a.uniform() for a in active])
@@ -317,6 +321,8 @@ class Runner:
         cache = SlotCache(1)
         cache.begin_packed()
         token = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
-        self._network.hidden(token, token, None, cache)
+        self._network.hidden(
+            token, token, None, cache, torch.zeros(1, dtype=torch.int64, device=self._device)
+        )
         cache.commit([0], [0], [slice(0, 1)])
         return max(1, cache.bytes_per_token)
