@@ -76,19 +76,14 @@ def open_models(
         value.backbone = _with_adapters(value.backbone, config.lora, "FEATURE_EXTRACTION")
         value.head.requires_grad_(requires_grad=True)
     else:
-        reference = _causal(folder, config)
+        reference = _causal(folder, config, frozen=True)
     return policy, value, reference, folder
 
 
-def _dtype(config: TrainerConfig) -> torch.dtype:
-    """Frozen weights may be stored in bfloat16; weights that learn stay in float32."""
-    return torch.bfloat16 if config.precision == "bfloat16" and config.lora.rank else torch.float32
-
-
-def _causal(folder: Path, config: TrainerConfig) -> Any:
+def _causal(folder: Path, config: TrainerConfig, *, frozen: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return _loaded(AutoModelForCausalLM, folder, config)
+    return _loaded(AutoModelForCausalLM, folder, config, frozen=frozen)
 
 
 def _value_model(origin: Origin, config: TrainerConfig, registry: Registry, policy: Path) -> ValueModel:
@@ -103,11 +98,13 @@ def _value_model(origin: Origin, config: TrainerConfig, registry: Registry, poli
     return ValueModel.from_reward_model(model)
 
 
-def _loaded(auto: Any, folder: Path, config: TrainerConfig, **options: Any) -> Any:
+def _loaded(auto: Any, folder: Path, config: TrainerConfig, *, frozen: bool = False, **options: Any) -> Any:
+    """Frozen weights may be stored in bfloat16; weights that learn stay in float32."""
+    small = config.precision == "bfloat16" and (frozen or config.lora.rank)
     try:
         return auto.from_pretrained(
             folder,
-            dtype=_dtype(config),
+            dtype=torch.bfloat16 if small else torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, registry: Registry, accelerator: Any | None = None) -> None:
         """Goes on with the newest checkpoint that was not rolled back, or begins a lineage."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         self.config = config
         self.registry = registry
         newest = newest_of_lineage(registry)
@@ -52,7 +55,7 @@ class Trainer:
         self.positions: Positions = {}
         if newest and folder:
             state.load(self._updater, folder)
-            self.positions = _by_partition(newest.facts.positions)
+            self.positions = _by_partition(_spent(registry, newest))
         self._watch = Watch(config.watch)
         self._since: list[tuple[Label, tuple[float, float]]] = []
         self._first_positions: Positions = dict(self.positions)
@@ -195,6 +198,19 @@ def newest_of_lineage(registry: Registry) -> Manifest | None:
             if change is None or change.status not in gone:
                 return manifest
     return None
+
+
+def _spent(registry: Registry, start: Manifest) -> Mapping[str, int]:
+    """Where the log goes on: behind all that was learned from, also by checkpoints that were rolled back.
+
+    The same labels would make the same model again.
+    """
+    positions = dict(start.facts.positions)
+    for manifest in registry.list():
+        if manifest.facts.kind is Kind.RL and start in registry.lineage(manifest.id):
+            for place, offset in manifest.facts.positions.items():
+                positions[place] = max(offset, positions.get(place, 0))
+    return positions
 
 
 def _accelerator(precision: str) -> Any:
