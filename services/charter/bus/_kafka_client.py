@@ -6,6 +6,7 @@ transaction has not committed); the settings here are the ones that do not.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from urllib.parse import parse_qsl, urlsplit
 from charter.bus.base import MAX_MESSAGE_BYTES
 from charter.errors import BackendUnavailable, BusError, CharterError, ConfigError, Fenced
 from kafka import errors as kafka_errors
+
+# kafka-python complains of every step of its loop that takes 0.1 s, as any does on a busy machine.
+logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
 
 BATCH_BYTES = 1024 * 1024
 """A batch of small messages grows up to this size."""

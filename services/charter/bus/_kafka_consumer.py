@@ -4,7 +4,8 @@ Threads: the caller's, kafka-python's (heartbeats and rebalance callbacks), and 
 keeper polls with every partition paused while the caller works, so that work may take longer than the
 cluster's poll interval. When a rebalance then takes a partition away, `_base` forgets it and the commit of
 its records is refused here; a rebalance that this process did not notice is refused by the cluster, by the
-generation in the transaction.
+generation in the transaction. And because kafka-python may keep its place in a partition that was with
+another member meanwhile, each new generation is checked against the committed positions (`_verify`).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class KafkaGroupConsumer:
         self._producer = TransactionalProducer(options, f"charter-{group}-{member}")
         self._base: dict[Partition, int] = {}
         """For each partition with records in hand, the offset of the first of them."""
+        self._verified: tuple[int, str] | None = None
+        """The generation and member id under which every place in a partition is known to be right."""
         self._unsettled: dict[Partition, int] | None = None
         """Positions of a commit of which it is not known whether it happened."""
         self._fenced: Fenced | None = None
@@ -91,6 +94,7 @@ class KafkaGroupConsumer:
                 self._check()
                 self._settle()
                 found = self._poll_client(max_records, min(left, POLL_SLICE_S))
+                self._verify(self._client.group_metadata(), found)
                 records = self._take(found)
             if records or time.monotonic() >= deadline:
                 return records
@@ -135,7 +139,9 @@ class KafkaGroupConsumer:
             # First the generation, then the ownership: a partition lost in between fails one of the checks.
             metadata = self._client.group_metadata()
             try:
-                self._check_owned(ends)
+                if ends:
+                    self._verify(metadata, {})
+                    self._check_owned(ends, metadata)
                 self._producer.transact(messages, specs, ends, metadata)
             except Undecided:
                 self._unsettled = ends
@@ -146,13 +152,41 @@ class KafkaGroupConsumer:
                 raise
             self._advance(ends)
 
-    def _check_owned(self, ends: Mapping[Partition, int]) -> None:
+    def _check_owned(self, ends: Mapping[Partition, int], metadata: Any) -> None:
+        if metadata.generation_id < 0:
+            # The cluster would take such a commit for one of a client without groups, and not fence it.
+            raise Fenced(
+                f"group {self.group!r}: {self.member!r} was given up while it worked; its work is lost"
+            )
         lost = [place for place in ends if place not in self._base]
         if lost:
             raise Fenced(
                 f"group {self.group!r}: {lost[0].topic}/{lost[0].partition} went to another member while "
                 f"{self.member!r} worked; its work is thrown away, the other does it"
             )
+
+    def _verify(self, metadata: Any, found: dict[Any, list[Any]]) -> None:
+        """In a new generation: goes on from the committed position where another member has moved it.
+
+        Removes the records from `found` that another member has had.
+        """
+        generation = (metadata.generation_id, metadata.member_id)
+        if generation == self._verified:
+            return
+        for tp in list(self._client.assignment() or ()):
+            with translated(self._options.where, "reading positions"):
+                committed = self._client.committed(tp, timeout_ms=self._timeout_ms)
+            place = Partition(tp.topic, tp.partition)
+            first = found[tp][0].offset if found.get(tp) else self._client.position(tp, timeout_ms=5000)
+            first = self._base.get(place, first)
+            if committed is not None and first is not None and committed > first:
+                _log.warning(
+                    "another member went on", group=self.group, topic=tp.topic, partition=tp.partition
+                )
+                self._base.pop(place, None)
+                found.pop(tp, None)
+                self._client.seek(tp, committed)
+        self._verified = generation
 
     def _on_fenced(self, error: Fenced) -> None:
         if isinstance(error.__cause__, kafka_errors.FencedInstanceIdError):
