@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from charter.constitution import transcripts
-from charter.constitution.check import TITLE_LENGTH
 from charter.constitution.dump import record
+from charter.constitution.findings import TITLE_LENGTH
 from charter.constitution.loader import from_record
 from charter.constitution.model import Constitution, CritiqueExample, Phase, PreferenceExample, Principle
 from charter.constitution.source import Node, Problem, field_name, parse_json, read_text

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charter.constitution.check import problems, remarks
+from charter.constitution.findings import problems, remarks
 from charter.constitution.model import Constitution, CritiqueExample, Phase, PreferenceExample, Principle
 from charter.constitution.source import Problem, parse_yaml, read_text
 from charter.errors import ConfigError, ConstitutionError
