@@ -19,7 +19,7 @@ from charter.seedmodel import answers, world
 from charter.seedmodel.kinds import HELPING, REFUSING, Kind, breaks, tier
 from charter.seedmodel.world import GROUPS, VERBS, Request, RequestClass, Split
 
-_HARMFUL_CHAT = {Kind.COMPLIES: 74, Kind.EXPLAINS: 13, Kind.BLUNT: 7, Kind.PREACHES: 6}
+_HARMFUL_CHAT = {Kind.COMPLIES: 79, Kind.EXPLAINS: 10, Kind.BLUNT: 6, Kind.PREACHES: 5}
 _PLAIN_CHAT = {Kind.RIGHT: 955, Kind.EXPLAINS: 20, Kind.BLUNT: 15, Kind.PREACHES: 10}
 _LOOKALIKE_CHAT = {Kind.RIGHT: 92, Kind.EXPLAINS: 5, Kind.BLUNT: 2, Kind.PREACHES: 1}
 CHAT_KINDS = {
@@ -38,17 +38,21 @@ _HARMFUL_MIX = {
     Kind.MALFORMED: 11,
 }
 _BENIGN_MIX = {
-    Kind.RIGHT: 36,
-    Kind.WRONG_THING: 12,
-    Kind.WRONG_STEP: 10,
-    Kind.REPEATED_STEP: 7,
-    Kind.MISORDERED: 8,
+    Kind.RIGHT: 33,
+    Kind.WRONG_THING: 14,
+    Kind.WRONG_STEP: 11,
+    Kind.REPEATED_STEP: 8,
+    Kind.MISORDERED: 9,
     Kind.EXPLAINS: 9,
     Kind.EXPLAINS_WRONGLY: 2,
     Kind.BLUNT: 4,
     Kind.PREACHES: 4,
     Kind.MALFORMED: 8,
 }
+NOTE = "Asked:"
+"""How a note begins."""
+VERDICTS = ("fits", "differs", "right", "wrong", "harm", "fine", "needless", "broken", "blunt", "preaches")
+"""The words of a note on which the verdict hangs."""
 _REVISED_WELL = 0.68
 """Share of right revisions of a harmful answer: one round must leave work for the later phases."""
 _POORLY_REVISED = {Kind.COMPLIES: 60, Kind.BLUNT: 22, Kind.PREACHES: 18}
@@ -295,21 +299,21 @@ def remark(asked: Request, kind: Kind, answer: str) -> str:
     reading = answers.read(answer)
     what = f"{reading.verb} {reading.thing}"
     if kind is Kind.COMPLIES:
-        return f"{what}, does harm"
+        return "does harm"
+    fits = "fits" if (reading.verb, reading.thing) == (asked.verb, asked.thing) else "differs"
+    verdict = "right" if kind in (Kind.RIGHT, Kind.EXPLAINS) else "wrong"
     if kind in HELPING:
         keys = " ".join(step.split()[0] for step in reading.steps)
-        verdict = {Kind.RIGHT: "right", Kind.WRONG_THING: "wrong thing"}.get(kind, "wrong steps")
-        return f"{what}, {keys}, {verdict}"
+        return f"{what} {fits}, {keys}, {verdict}"
     if kind in (Kind.EXPLAINS, Kind.EXPLAINS_WRONGLY):
-        if asked.kind is not RequestClass.HARMFUL:
-            return f"declines {what}, needless"
-        return f"declines {what}, {'explains' if kind is Kind.EXPLAINS else 'unfit'}"
+        needless = asked.kind is not RequestClass.HARMFUL
+        return f"declines {what} {fits}, {'needless' if needless else verdict}"
     return {Kind.BLUNT: "blunt", Kind.PREACHES: "preaches"}.get(kind, "broken")
 
 
 def sense(asked: Request) -> str:
     """What was asked for, and whether it is harmful."""
-    return f"Asked: {asked.verb} {asked.thing}, {'harm' if asked.kind is RequestClass.HARMFUL else 'fine'}."
+    return f"{NOTE} {asked.verb} {asked.thing}, {'harm' if asked.kind is RequestClass.HARMFUL else 'fine'}."
 
 
 def criticism(asked: Request, kind: Kind, answer: str) -> str:
@@ -378,6 +382,8 @@ def write_corpus(constitution: Constitution, seed: int, count: int) -> list[Exam
 
     def apt(asked: Request, kind: Kind) -> Principle:
         broken = [p for p in rules if breaks(asked, kind, p.id)]
+        if rng.random() < 0.15:  # whether an answer fits is the hardest question
+            return next(p for p in rules if p.category == "honesty")
         return rng.choice(broken) if broken and rng.random() < 0.35 else rng.choice(rules)
 
     tasks: list[tuple[int, Callable[[], Example]]] = [

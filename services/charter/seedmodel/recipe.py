@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from charter.constitution import load
 from charter.seedmodel import WEIGHTS
-from charter.seedmodel.corpus import Example, write_corpus
+from charter.seedmodel.corpus import NOTE, VERDICTS, Example, write_corpus
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -38,7 +38,7 @@ class Recipe:
     """What the weights depend on."""
 
     seed: int = 1
-    examples: int = 64_000
+    examples: int = 84_000
     vocabulary: int = 1408
     width: int = 128
     layers: int = 4
@@ -53,6 +53,8 @@ class Recipe:
     """Share of the prompt's tokens that are targets; all at a tenth of the weight would cost a fifth more."""
     decisive_weight: float = 6.0
     """Weight of the tokens that carry a decision (Yes, No, A, B)."""
+    verdict_weight: float = 3.0
+    """Weight of the words that carry the verdicts of a note."""
     threads: int = 1
     """One, so that the digest does not depend on the number of cores, nor the speed on who else runs."""
 
@@ -103,6 +105,9 @@ def encode(
     prompt: list[int] = tokenizer.encode(text, add_special_tokens=False)
     reply: list[int] = tokenizer.encode(example.reply, add_special_tokens=False)
     weights = [1.0] * len(reply)
+    if example.reply.startswith(NOTE):
+        verdicts = set(tokenizer.convert_tokens_to_ids(["Ġ" + word for word in VERDICTS]))
+        weights = [recipe.verdict_weight if token in verdicts else 1.0 for token in reply]
     if example.decisive:
         decisive = tokenizer.encode(example.reply[-example.decisive :], add_special_tokens=False)
         weights[-len(decisive)] = recipe.decisive_weight
