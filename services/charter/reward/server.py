@@ -16,7 +16,7 @@ from charter.errors import RequestError
 from charter.reward.config import RewardConfig
 from charter.reward.metrics import RewardMetrics
 from charter.reward.scorer import Answer
-from charter.reward.service import News, RewardModel, open_reward_model
+from charter.reward.service import News, RewardModel, Trains, open_reward_model
 from charter.reward.worker import LabelWorker
 from charter.rpc import convert
 from charter.telemetry.logs import get_logger
@@ -28,10 +28,15 @@ log = get_logger(__name__)
 NAME = "charter.v1.RewardService"
 
 
-async def serve(config: RewardConfig, registry: CollectorRegistry) -> rpc.RunningServer:
-    """Opens folder, model and bus, and starts the server. Raises `ConfigError` or `CheckpointError`."""
+async def serve(
+    config: RewardConfig, registry: CollectorRegistry, *, learner: Trains | None = None
+) -> rpc.RunningServer:
+    """Opens folder, model and bus, and starts the server. Raises `ConfigError` or `CheckpointError`.
+
+    `learner` does the rounds; by default a process of its own.
+    """
     metrics = RewardMetrics.of(registry)
-    model = await asyncio.to_thread(open_reward_model, config, metrics)
+    model = await asyncio.to_thread(open_reward_model, config, metrics, learner)
     learning = _Learning(config, model, metrics, registry)
     try:
         await learning.start()

@@ -12,13 +12,14 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from charter.errors import BackendUnavailable, CharterError, CheckpointError
 from charter.finetune.checkpoints import Vocabulary, load_vocabulary
 from charter.reward import network
 from charter.reward.config import RewardConfig
 from charter.reward.labels import LabelStore
-from charter.reward.learner import Learner, LearnerDiedError
+from charter.reward.learner import Learner, LearnerDiedError, Tell
 from charter.reward.metrics import RewardMetrics
 from charter.reward.pairs import Pair
 from charter.reward.promotion import decide
@@ -56,6 +57,26 @@ class News:
     message: str = ""
 
 
+class Trains(Protocol):
+    """What does rounds; see `Learner`, which does them in a process of its own."""
+
+    def arm(self) -> None:
+        """Forgets earlier calls of `stop`; before a round."""
+        ...
+
+    def train(self, job: Job, target: Path, tell: Tell) -> bool:
+        """Does a round; False when `stop` ended it. Raises `LearnerDiedError` if it may be tried again."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the round under way."""
+        ...
+
+    def close(self) -> None:
+        """Releases what is held."""
+        ...
+
+
 class RewardModel:
     """The reward model in force and its learning. Made by `open_reward_model`."""
 
@@ -67,6 +88,7 @@ class RewardModel:
         models: ModelStore,
         labels: LabelStore,
         metrics: RewardMetrics,
+        learner: Trains,
     ) -> None:
         self.vocabulary = vocabulary
         self._config = config
@@ -74,7 +96,7 @@ class RewardModel:
         self._models = models
         self._labels = labels
         self._metrics = metrics
-        self._learner = Learner(config)
+        self._learner = learner
         self._scorer: Scorer | None = None
         self._news = News(Phase.COLLECTING)
         self._followers: set[asyncio.Queue[News | None]] = set()
@@ -99,11 +121,6 @@ class RewardModel:
     def training(self) -> bool:
         """Whether a round is under way."""
         return self._training
-
-    @property
-    def learner_pid(self) -> int | None:
-        """Of the process that trains, while there is one."""
-        return self._learner.pid
 
     @property
     def current(self) -> Scorer | None:
@@ -326,7 +343,9 @@ class RewardModel:
             self._metrics.labels.labels(split).set(self._labels.count(heldout))
 
 
-def open_reward_model(config: RewardConfig, metrics: RewardMetrics) -> RewardModel:
+def open_reward_model(
+    config: RewardConfig, metrics: RewardMetrics, learner: Trains | None = None
+) -> RewardModel:
     """Reads the folder and the tokenizer. Takes seconds; raises `CheckpointError`."""
     models = ModelStore(config.folder, config.registry)
     init = _init_folder(config.init)
@@ -342,7 +361,7 @@ def open_reward_model(config: RewardConfig, metrics: RewardMetrics) -> RewardMod
     if models.model is None and (init / RECORD).is_file() and network.is_reward_model(init):
         models.adopt(init)
     labels = LabelStore(config.folder / "labels.db")
-    return RewardModel(config, vocabulary, init, models, labels, metrics)
+    return RewardModel(config, vocabulary, init, models, labels, metrics, learner or Learner(config))
 
 
 def _init_folder(init: str) -> Path:
