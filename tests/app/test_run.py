@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,88 +12,10 @@ import grpc
 import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.running import SHORT_CONSTITUTION, Run, refused, status
 from tests.tiny import make_tiny_model
 
 from charter.app.chat import ChatOptions, ask
-
-START_S = 280.0
-"""Patience for a machine that does much else; no measure of speed."""
-
-
-class Run:
-    """A `charter run` in a process group of its own, as a terminal or make would start it."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.log = folder / "run.log"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("CHARTER_")}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "charter.cli", "run", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment | {"OMP_NUM_THREADS": "1"},
-            )
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def line(self, pattern: str) -> str:
-        """The first group of `pattern`, once it is in the output."""
-        deadline = time.monotonic() + START_S
-        while not (found := re.search(pattern, self.output)):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.1)
-        return found[1]
-
-    @property
-    def url(self) -> str:
-        return self.line(r"endpoint +(http://[\d.:]+)/v1")
-
-    def ready(self) -> str:
-        """Its URL, once it answers."""
-        url, deadline = self.url, time.monotonic() + START_S
-        while status(f"{url}/readyz") != 200:
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.2)
-        return url
-
-    def interrupt(self) -> int:
-        """Ctrl-C: SIGINT to the whole group; the exit status."""
-        os.killpg(self.process.pid, signal.SIGINT)
-        return self.process.wait(timeout=30)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def status(url: str) -> int:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            return response.status
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
-    except OSError:
-        return 0
-
-
-def refused(*arguments: str) -> str:
-    """What `charter run` says when it will not start."""
-    done = subprocess.run(
-        [sys.executable, "-m", "charter.cli", "run", *arguments],
-        capture_output=True, text=True, check=False, timeout=START_S,
-    )  # fmt: skip
-    assert done.returncode == 2, done
-    assert "Traceback" not in done.stderr
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("charter: ")]
-    return sentence
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def constitution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short one: the tiny model has a context of few words."""
     path = tmp_path_factory.mktemp("constitution") / "short.yaml"
-    path.write_text(_SHORT)
+    path.write_text(SHORT_CONSTITUTION)
     return path
 
 
@@ -127,25 +43,6 @@ def system(tmp_path_factory: pytest.TempPathFactory, model: Path, constitution: 
         yield run
     finally:
         run.close()
-
-
-_SHORT = """\
-name: short
-version: "1"
-language: en
-description: One principle, short enough for a model of few words.
-principles:
-  - id: no-harm
-    title: No harm
-    rationale: An answer should harm nobody.
-    category: harm
-    priority: 1
-    weight: 1
-    phases: [critique, preference]
-    critique_request: Does it harm?
-    revision_request: Remove harm.
-    preference_question: Which harms less?
-"""
 
 
 def test_the_official_client_is_answered(system: Run) -> None:
