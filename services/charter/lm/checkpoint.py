@@ -212,7 +212,11 @@ def _context_length(config: Any, tokenizer: Any) -> int:
 
 
 def _recorded_version(folder: Path) -> str:
-    """The registry's id of this checkpoint if its manifest has one, else the folder's name."""
+    """The registry's id of this checkpoint if its manifest has one, `seed`, or the folder's name."""
+    from charter.seedmodel import WEIGHTS
+
+    if folder.resolve() == WEIGHTS.resolve():
+        return "seed"
     try:
         recorded = json.loads((folder / "manifest.json").read_text()).get("id")
     except (OSError, ValueError, AttributeError):
