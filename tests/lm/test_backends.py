@@ -33,7 +33,9 @@ from charter.errors import (
 from charter.lm import open_model
 from charter.lm.base import ChatMessage, FinishReason, LanguageModel, Prompt, Role, Sampling
 from charter.lm.remote import defused
+from charter.lm.remote import turns as as_json
 from charter.lm.uri import Backend, ModelUri, parse_uri
+from charter.v1 import policy_pb2
 
 PROMPT = ask("How do I open the door?", system="Be brief.")
 MODEL = ("llama", 0, True)
@@ -407,9 +409,7 @@ async def test_a_stream_that_is_closed_early_ends_the_work_of_a_policy_server(re
         await anext(stream)
         await stream.aclose()
         for _ in range(300):
-            status = await model._stub.Status(
-                __import__("charter.v1.policy_pb2").v1.policy_pb2.StatusRequest()
-            )
+            status = await model._stub.Status(policy_pb2.StatusRequest())
             if status.running == 0:
                 return
             await asyncio.sleep(0.01)
@@ -418,6 +418,4 @@ async def test_a_stream_that_is_closed_early_ends_the_work_of_a_policy_server(re
 
 def test_prompts_keep_their_roles():
     turns = (ChatMessage(Role.USER, "a"), ChatMessage(Role.ASSISTANT, "b"), ChatMessage(Role.USER, "c"))
-    from charter.lm.remote import turns as as_json
-
     assert [t["role"] for t in as_json(turns)] == ["user", "assistant", "user"]

@@ -163,24 +163,24 @@ class Engine:
 
     def _submit(self, runner: Runner, requests: Sequence[Answer | Scoring]) -> None:
         """Stages requests; they leave together when this turn of the loop ends."""
-        if self._closing:
-            raise BackendUnavailable("the engine was closed; open the model again")
-        waiting = runner.waiting + sum(len(s) for s in self._staged.values())
-        if waiting + len(requests) > self._limits.max_waiting:
-            raise Overloaded(
-                f"{waiting} requests are waiting for the model, and it takes {self._limits.max_waiting}; "
-                "come back later, or raise max_waiting"
-            )
         loop = requests[0].inbox.loop
-        staged = self._staged.get(loop)
-        if staged is None:
-            staged = self._staged[loop] = []
-            loop.call_soon(self._depart, loop)
-        staged += [(runner, request) for request in requests]
+        with self._wake:
+            if self._closing:
+                raise BackendUnavailable("the engine was closed; open the model again")
+            waiting = runner.waiting + sum(len(s) for s in self._staged.values())
+            if waiting + len(requests) > self._limits.max_waiting:
+                raise Overloaded(
+                    f"{waiting} requests are waiting for the model, and it takes {self._limits.max_waiting}; "
+                    "come back later, or raise max_waiting"
+                )
+            if loop not in self._staged:
+                self._staged[loop] = []
+                loop.call_soon(self._depart, loop)
+            self._staged[loop] += [(runner, request) for request in requests]
 
     def _depart(self, loop: asyncio.AbstractEventLoop) -> None:
-        staged = self._staged.pop(loop, [])
         with self._wake:
+            staged = self._staged.pop(loop, [])
             closed = self._closing
             if not closed:
                 for runner, request in staged:
