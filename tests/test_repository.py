@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "services/charter"
 SERVICES = {"gateway", "policy", "sampler", "critic", "judge", "reward", "trainer", "publisher", "console"}
 # Only what puts services together, and what measures them, may know several.
-COMPOSERS = {"cli.py", "app", "evaluation", "redteam"}
+COMPOSERS = {"cli.py", "app", "circle", "demo", "evaluation", "redteam"}
 SEED_WEIGHTS = "services/charter/seedmodel/weights/"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -41,7 +41,7 @@ def _text(path: Path) -> str:
 # Split, so that this file does not break its own rule.
 _HOSTS = [
     "py" + "pi.org", "python" + "hosted.org", "npm" + "js.org", "npm" + "js.com", "yarn" + "pkg.com",
-    "maven" + ".org", "maven" + ".apache.org", "proxy.go" + "lang.org", "crates" + ".io",
+    "maven" + ".org", "repo.maven" + ".apache", "proxy.go" + "lang.org", "crates" + ".io",
     "deb.deb" + "ian.org",
 ]  # fmt: skip
 _HOMES = "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me"])

@@ -39,6 +39,8 @@ _PARTS = {
     "checkpoints": _Part("charter.registry.cli", "Lists, shows and compares checkpoints."),
     "sft": _Part("charter.sft.cli", "First phase: learns from revised answers.", "sft"),
     "preferences": _Part("charter.reward.cli", "Imports preferences that people gave."),
+    "promote": _Part("charter.publisher.cli", "Puts a checkpoint in force.", "promote"),
+    "rollback": _Part("charter.publisher.cli", "Puts the checkpoint before in force again.", "rollback"),
     "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
     "eval": _Part("charter.evaluation.cli", "Measures a model on held-out prompts."),
 }
