@@ -42,6 +42,7 @@ _PARTS = {
     "promote": _Part("charter.publisher.cli", "Puts a checkpoint in force.", "promote"),
     "rollback": _Part("charter.publisher.cli", "Puts the checkpoint before in force again.", "rollback"),
     "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
+    "demo": _Part("charter.demo.cli", "Takes the seed model once round the whole circle.", "demo"),
     "eval": _Part("charter.evaluation.cli", "Measures a model on held-out prompts."),
 }
 
