@@ -134,6 +134,8 @@ class Workers:
             for name, arguments in self._commands.items():
                 process = self._processes.get(name)
                 if process is None or process.poll() is not None:
+                    if process is not None and process.returncode != -signal.SIGKILL:
+                        say(f"  {name} ended with {process.returncode} and is started again")
                     self._processes[name] = self._start(name, arguments)
             self._stopping.wait(0.2)
 
@@ -399,6 +401,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table here too")
     parser.add_argument("--keep", type=Path, help="keep logs and data in this folder")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that brokers and workers are ended too
     problem = missing_tools()
     if problem is not None:
         say(f"make chaos needs a Kafka broker, and {problem}")

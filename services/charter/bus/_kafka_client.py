@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -50,7 +50,7 @@ class KafkaOptions:
     sasl: str = ""
     """SCRAM-SHA-256, SCRAM-SHA-512 or PLAIN; empty for none."""
     user: str = ""
-    password: str = ""
+    password: str = field(default="", repr=False)
     compression: str = "lz4"
     """none, gzip or lz4."""
     replication: int = -1

@@ -43,7 +43,9 @@ class BrokerOptions:
     heap_mb: int = 384
     start_timeout_s: float = 90.0
     properties: dict[str, str] = field(default_factory=dict)
-    """Further lines of server.properties."""
+    """Further lines of server.properties, or other values of those that are there."""
+    scram: dict[str, str] = field(default_factory=dict)
+    """Users and their passwords for SCRAM-SHA-512, made when the data folder is."""
 
 
 def missing_tools() -> str | None:
@@ -129,6 +131,8 @@ class Broker:
         configuration.write_text(self._properties(), encoding="utf-8")
         if not (self.folder / "data" / "meta.properties").exists():
             command = ["kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(configuration)]
+            for user, password in self.options.scram.items():
+                command += ["--add-scram", f"SCRAM-SHA-512=[name={user},password={password}]"]
             done = subprocess.run([*self._java(), *command], capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise ConfigError(f"{self.folder}: cannot be formatted for Kafka: {done.stderr[-400:]}")

@@ -1,0 +1,195 @@
+"""A broker that is away, dies, comes back, or asks for credentials: sentences, and recovery without a restart."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from tests.kafka.support import CACHE, require_tools
+
+from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
+from charter.bus.broker import Broker, BrokerOptions, fetch_kafka, free_port
+from charter.bus.topics import load_topics
+from charter.errors import BackendUnavailable, CharterError, ConfigError
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
+
+T = TypeVar("T")
+QUICK = "timeout=6&transaction_timeout=8"
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A broker of these tests' own: they kill it."""
+    require_tools()
+    broker = Broker(tmp_path_factory.mktemp("broker"), fetch_kafka(CACHE))
+    broker.start()
+    yield broker
+    broker.kill()
+
+
+@pytest.fixture
+def bus(broker: Broker) -> Iterator[Bus]:
+    with open_bus(f"kafka://{broker.address}?{QUICK}") as bus:
+        bus.apply_topics([*load_topics(), TopicSpec("in", 1), TopicSpec("out", 1)])
+        yield bus
+
+
+def values(bus: Bus, topic: str, start: int) -> list[bytes | None]:
+    return [record.value for record in bus.fetch(topic, 0, start, 1000)]
+
+
+def end(bus: Bus, topic: str) -> int:
+    return bus.bounds(topic)[0].end
+
+
+def take(consumer: Consumer) -> list[Record]:
+    return patiently(lambda: consumer.poll(10, 1.0) or fail())
+
+
+def fail() -> list[Record]:
+    raise BackendUnavailable("nothing came yet")
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What a worker does: again and again while the log is unavailable."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return call()
+        except BackendUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def test_a_broker_that_is_not_there_is_named(broker: Broker) -> None:
+    port = free_port()
+    with open_bus(f"kafka://127.0.0.1:{port}?timeout=2") as bus, pytest.raises(BackendUnavailable) as caught:
+        bus.publish([Outgoing("in", b"k", b"v")])
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert "is the broker running?" in str(caught.value)
+
+
+def test_a_commit_that_the_broker_did_not_live_to_see_happens_once(broker: Broker, bus: Bus) -> None:
+    start = end(bus, "out")
+    bus.publish([Outgoing("in", b"k", b"1")])
+    with bus.consumer("survivors", ["in"], options=ConsumerOptions(session_timeout_s=30.0)) as consumer:
+        records = take(consumer)
+        broker.kill()
+        with pytest.raises(BackendUnavailable):
+            consumer.commit(records, publish=[Outgoing("out", b"k", b"once")])
+        broker.start()
+        patiently(lambda: consumer.commit(records, publish=[Outgoing("out", b"k", b"once")]))
+        bus_values = patiently(lambda: values(bus, "out", start))
+        assert bus_values == [b"once"]
+        patiently(lambda: bus.publish([Outgoing("in", b"k", b"2")]))
+        assert [record.value for record in take(consumer)] == [b"2"]
+
+
+def test_a_bus_that_was_opened_before_its_broker_works_when_it_is_there(broker: Broker, bus: Bus) -> None:
+    broker.stop()
+    with open_bus(f"kafka://{broker.address}?{QUICK}") as early:
+        with pytest.raises(BackendUnavailable):
+            early.publish([Outgoing("in", b"k", b"x")])
+        broker.start()
+        patiently(lambda: early.publish([Outgoing("in", b"k", b"x")]))
+
+
+def test_work_longer_than_the_poll_interval_keeps_its_partition(bus: Bus) -> None:
+    bus.publish([Outgoing("in", b"k", b"long work")])
+    options = ConsumerOptions(session_timeout_s=6.0, rebalance_timeout_s=6.0)
+    with bus.consumer("slow", ["in"], options=options) as consumer:
+        records = take(consumer)
+        time.sleep(14.0)
+        consumer.commit(records)
+    position = bus.positions("slow")
+    assert list(position.values()) == [records[-1].offset + 1]
+
+
+def certificates(folder: Path) -> None:
+    """An authority, and certificates that it signed for the broker and for a client."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=authority",
+            "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+    for name in ("broker", "client"):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}",
+                "-keyout", f"{name}.key", "-out", f"{name}.csr")  # fmt: skip
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+                "-days", "2", "-extfile", "names", "-out", f"{name}.pem")  # fmt: skip
+    (folder / "broker-all.pem").write_text(
+        (folder / "broker.key").read_text() + (folder / "broker.pem").read_text()
+    )
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, int]]:
+    """A broker with a SCRAM listener and one for mutual TLS: its folder and the two ports."""
+    require_tools()
+    folder = tmp_path_factory.mktemp("secured")
+    certificates(folder)
+    scram, mutual = free_port(), free_port()
+    broker = Broker(folder / "data", fetch_kafka(CACHE))
+    plain = f"PLAINTEXT://127.0.0.1:{broker.port},INTERNAL://127.0.0.1:{broker.internal_port}"
+    more = f"SCRAM://127.0.0.1:{scram},MUTUAL://127.0.0.1:{mutual}"
+    module = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+    broker.options = BrokerOptions(
+        scram={"judge": "right"},
+        properties={
+            "listeners": f"{plain},{more},CONTROLLER://127.0.0.1:{broker.controller_port}",
+            "advertised.listeners": f"{plain},{more}",
+            "listener.security.protocol.map": (
+                "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,INTERNAL:PLAINTEXT,SCRAM:SASL_SSL,MUTUAL:SSL"
+            ),
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(folder / "broker-all.pem"),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(folder / "ca.pem"),
+            "listener.name.mutual.ssl.client.auth": "required",
+            "listener.name.scram.sasl.enabled.mechanisms": "SCRAM-SHA-512",
+            "listener.name.scram.scram-sha-512.sasl.jaas.config": module,
+        },
+    )
+    broker.start()
+    yield folder, scram, mutual
+    broker.kill()
+
+
+def round_trip(uri: str) -> None:
+    with open_bus(uri) as bus:
+        bus.apply_topics([TopicSpec("secured", 1)])
+        (position,) = bus.publish([Outgoing("secured", b"k", b"v")])
+        assert [r.value for r in bus.fetch("secured", 0, position.offset, timeout=10)] == [b"v"]
+
+
+def test_scram_over_tls(secured: tuple[Path, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scram, _ = secured
+    monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", "right")
+    round_trip(f"kafka://127.0.0.1:{scram}?tls=true&ca={folder}/ca.pem&sasl=SCRAM-SHA-512&user=judge&{QUICK}")
+
+
+def test_a_wrong_password_is_said(secured: tuple[Path, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scram, _ = secured
+    monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", "wrong")
+    uri = f"kafka://127.0.0.1:{scram}?tls=true&ca={folder}/ca.pem&sasl=SCRAM-SHA-512&user=judge&{QUICK}"
+    with open_bus(uri) as bus, pytest.raises(CharterError) as caught:
+        bus.topics()
+    assert isinstance(caught.value, ConfigError)
+    assert "password" in str(caught.value)
+
+
+def test_mutual_tls(secured: tuple[Path, int, int]) -> None:
+    folder, _, mutual = secured
+    round_trip(
+        f"kafka://127.0.0.1:{mutual}?tls=true&ca={folder}/ca.pem&cert={folder}/client.pem"
+        f"&key={folder}/client.key&{QUICK}"
+    )
