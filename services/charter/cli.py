@@ -43,6 +43,7 @@ _PARTS = {
     "rollback": _Part("charter.publisher.cli", "Puts the checkpoint before in force again.", "rollback"),
     "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
     "demo": _Part("charter.demo.cli", "Takes the seed model once round the whole circle.", "demo"),
+    "demo": _Part("charter.demo.cli", "Runs the whole circle once, bounded, and draws its curves.", "demo"),
     "eval": _Part("charter.evaluation.cli", "Measures a model on held-out prompts."),
 }
 
