@@ -1,0 +1,1 @@
+"""The prompt source: which prompts the policy is asked next."""
