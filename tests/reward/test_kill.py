@@ -33,8 +33,9 @@ class Child:
     def __init__(self, folder: Path, bus: str, vocabulary: Vocabulary) -> None:
         command = [sys.executable, "-m", "tests.reward.child", str(folder), bus, str(vocabulary.folder)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"the server ended with code {self.process.wait()}"
+        self.port = int(line)
 
     def learner(self) -> int:
         """Pid of the process that trains."""
@@ -57,6 +58,7 @@ class Child:
                 await asyncio.sleep(0.02)
 
     def kill(self) -> None:
+        """As `kill -9`; safe to repeat."""
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
@@ -83,7 +85,7 @@ def test_a_killed_service_ends_with_the_model_of_an_undisturbed_one(
         learner = first.learner()
     finally:
         first.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while _is_alive(learner):
         assert time.monotonic() < deadline, "the learner outlived its service"
         time.sleep(0.02)

@@ -17,6 +17,7 @@ from charter.finetune.config import TuningConfig
 from charter.lm import open_model
 from charter.lm.base import ChatMessage, ModelVersion, Prompt, Role, Sampling
 from charter.redteam import records
+from charter.registry import Registry, Status
 from charter.sft.cli import sft
 from charter.sft.config import OwnAnswers, SftConfig
 from charter.sft.pipeline import Sources, run
@@ -76,8 +77,14 @@ def test_the_command_trains_by_the_same_configuration(revisions: Path, tmp_path:
     app.command()(sft)
     model = make_tiny_model(tmp_path / "tiny")
     arguments = ["--model", str(model), "--revisions", str(revisions), "--out", str(tmp_path / "new")]
-    done = CliRunner().invoke(app, [*arguments, "--set", "tuning.epochs=1", "--set", "max_revisions=4"])
+    registry = Registry(tmp_path / "checkpoints")
+    settings = ["--set", "tuning.epochs=1", "--set", "max_revisions=4", "--registry", registry.root]
+    done = CliRunner().invoke(app, [*arguments, *settings])
     assert done.exit_code == 0, done.output
+    (manifest,) = registry.list()
+    assert f"{manifest.id} is a candidate" in done.output
+    assert manifest.facts.constitution_digest == "c0ffee"
+    assert registry.status(manifest.id).status is Status.CANDIDATE
     assert "1 steps on 4 revisions (4 changed the draft)" in done.output
     assert (tmp_path / "new/model.safetensors").is_file()
     assert list((tmp_path / "new.logs").glob("events.*"))

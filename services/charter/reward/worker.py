@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from charter.bus import Bus, Outgoing, Record
+from charter.bus import Bus, Outgoing, Record, is_for
 from charter.bus.messages import decode
 from charter.bus.metrics import BusMetrics
 from charter.bus.worker import Worker, WorkerOptions
@@ -81,7 +81,7 @@ class LabelWorker:
                 if not records:
                     break
                 for record in records:
-                    if record.offset < end:
+                    if record.offset < end and is_for(record, self._group):
                         self._store_or_skip(record)
                 offset = records[-1].offset + 1
 

@@ -28,6 +28,9 @@ def sft(
     answerer: Annotated[
         str, typer.Option(help="URI of the model that answers them; default: the checkpoint itself.")
     ] = "",
+    registry: Annotated[
+        str, typer.Option(help="Registry of checkpoints that the new one is written to as well.")
+    ] = "",
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -41,7 +44,7 @@ def sft(
     from charter.config import assignments, load
     from charter.redteam.prompts import collect
     from charter.sft.config import SftConfig
-    from charter.sft.pipeline import Sources, run
+    from charter.sft.pipeline import Sources, id_of, register, run
 
     if not revisions and not bus:
         raise ConfigError(
@@ -54,6 +57,9 @@ def sft(
     sources = Sources(_source(model), tuple(revisions or ()), bus, prompts, answerer)
     with _Bars() as bars:
         outcome = run(sources, loaded, out, logs=logs or out.with_name(f"{out.name}.logs"), note=bars.note)
+    if registry:
+        manifest = register(outcome, registry, id_of(sources.model))
+        typer.echo(f"{manifest.id} is a candidate in {registry}")
     mixture = outcome.mixture
     typer.echo(
         f"{out}: {outcome.trained.steps} steps on {mixture.revisions} revisions ({outcome.changed} changed "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from charter.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from charter.finetune.run import Progress
+    from charter.registry import Manifest
 
 log = get_logger(__name__)
 
@@ -84,6 +87,38 @@ def run(
     shutil.rmtree(work, ignore_errors=True)
     digests = sorted({r.constitution_digest for r in chosen if r.constitution_digest})
     return Outcome(trained, mixture, changed, tuple(digests))
+
+
+def register(outcome: Outcome, root: str, parent: str) -> Manifest:
+    """Writes the new checkpoint to a registry, as a candidate; a second time changes nothing.
+
+    `parent` is the id of the checkpoint that it started from, or empty where the registry has none.
+    """
+    from charter.registry import Facts, Kind, Registry, Status
+
+    registry = Registry(root)
+    mixture, digests = outcome.mixture, outcome.constitution_digests
+    facts = Facts(
+        Kind.SFT,
+        parent=parent,
+        constitution_digest=digests[0] if len(digests) == 1 else "",
+        note=f"SL-CAI on {mixture.revisions} revisions and {mixture.own} own answers",
+    )
+
+    def copy(into: Path) -> None:
+        shutil.copytree(outcome.trained.folder, into, dirs_exist_ok=True)
+
+    manifest = registry.write(facts, copy)
+    if registry.status(manifest.id) is None:
+        registry.set_status(manifest.id, Status.CANDIDATE, "written by SL-CAI")
+    return manifest
+
+
+def id_of(model: str) -> str:
+    """The registry's id of a checkpoint folder; empty where it is none of a registry's."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((Path(model) / "manifest.json").read_text()).get("id") or "")
+    return ""
 
 
 def _chosen(sources: Sources, config: SftConfig) -> list[Revision]:
