@@ -214,13 +214,16 @@ def test_kill_9_at_random_instants_changes_no_parameter_and_counts_each_label_on
         world(folder, tiny)
     # A server that has imported everything forks each life, so that a life begins at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainer.circle", "accelerate", "transformers.models.llama"])
+    context.set_forkserver_preload(["tests.trainer.warm"])
 
     def life(folder: Path) -> multiprocessing.Process:
         process = context.Process(target=run_in_process, args=(str(folder),))
         process.start()
         return process
 
+    server_is_up = context.Process(target=print)
+    server_is_up.start()
+    server_is_up.join()
     started = time.monotonic()
     undisturbed = life(calm)
     undisturbed.join()
@@ -229,7 +232,7 @@ def test_kill_9_at_random_instants_changes_no_parameter_and_counts_each_label_on
     kills, instants = 0, random.Random(7)
     for _ in range(KILLS):
         process = life(killed)
-        process.join(instants.uniform(0.3, 0.9) * span)
+        process.join(instants.uniform(0.2, 0.8) * span)
         if process.is_alive():
             process.kill()
             kills += 1
