@@ -40,8 +40,6 @@ _PARTS = {
     "sft": _Part("charter.sft.cli", "First phase: learns from revised answers.", "sft"),
     "preferences": _Part("charter.reward.cli", "Imports preferences that people gave."),
     "promote": _Part("charter.publisher.cli", "Puts a checkpoint in force.", "promote"),
-    "rollback": _Part("charter.publisher.cli", "Puts the checkpoint before in force again.", "rollback"),
-    "promote": _Part("charter.publisher.cli", "Puts a checkpoint in force.", "promote"),
     "rollback": _Part("charter.publisher.cli", "Takes the checkpoint that serves out of force.", "rollback"),
     "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
     "demo": _Part("charter.demo.cli", "Takes the seed model once round the whole circle.", "demo"),
