@@ -16,7 +16,7 @@ from charter.circle.config import CircleConfig, Places
 from charter.circle.news import Kind, News, Phase, Tell
 from charter.circle.partner import Partner
 from charter.circle.prompts import Feed, Supply
-from charter.circle.queues import watch_queues
+from charter.circle.queues import watch_engines, watch_queues
 from charter.circle.serving import Publishing, register_seed
 from charter.lm.policy_client import PolicyModel
 from charter.redteam.pipeline import Run
@@ -210,6 +210,7 @@ class Circle:
             async with asyncio.TaskGroup() as group:
                 group.create_task(Feed(bus, supply, config).run())
                 group.create_task(watch_queues(bus, self._tell))
+                group.create_task(watch_engines(where.busy, self._tell))
                 for worker in workers:
                     group.create_task(worker.run())
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import shutil
 import threading
 import time
@@ -70,7 +71,7 @@ def sl_cai(
         constitution_digest=outcome.constitution_digests[0] if outcome.constitution_digests else "",
         note=f"SL-CAI on {outcome.mixture.revisions} revisions and {outcome.mixture.own} own answers",
     )
-    manifest = registry.write(facts, lambda into: shutil.copytree(target, into, dirs_exist_ok=True))
+    manifest = registry.write(facts, functools.partial(_copied, target))
     change = registry.status(manifest.id) or registry.set_status(
         manifest.id, Status.CANDIDATE, "written by SL-CAI"
     )
@@ -86,6 +87,10 @@ def sl_cai(
         outcome.trained.loss,
         outcome.trained.steps,
     )
+
+
+def _copied(source: Path, into: Path) -> None:
+    shutil.copytree(source, into, dirs_exist_ok=True)
 
 
 def reinforce(config: CircleConfig, places: Places, policy: str, tell: Tell, stopped: threading.Event) -> int:

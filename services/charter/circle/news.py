@@ -39,6 +39,8 @@ class Kind(enum.StrEnum):
     """checkpoint, step, status, reason, measurements: what became of a candidate"""
     QUEUES = "queues"
     """name of a topic: records that wait, and records a second"""
+    BUSY = "busy"
+    """who, begin, end: an engine (`sampling`, `judging`) had work from one time to the other"""
     PROBLEM = "problem"
     """message: something failed; the circle stands still or has ended"""
 

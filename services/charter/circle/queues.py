@@ -1,9 +1,10 @@
-"""How full the queues are, and how fast they move."""
+"""How full the queues are and how fast they move, and when the engines have work."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
 
 from charter.bus import Bus
 from charter.bus.topics import PREFERENCES, PROMPTS, ROLLOUTS
@@ -15,6 +16,7 @@ from charter.trainer.labels import GROUP as TRAINER
 
 QUEUES = ((PROMPTS, SAMPLER), (ROLLOUTS, JUDGE), (PREFERENCES, TRAINER))
 _EVERY_S = 2.0
+_GLANCE_S = 0.05
 
 
 async def watch_queues(bus: Bus, tell: Tell) -> None:
@@ -34,6 +36,19 @@ async def watch_queues(bus: Bus, tell: Tell) -> None:
         ends, before = {topic: end for topic, (_, end) in found.items()}, now
         tell(News(Kind.QUEUES, values))
         await asyncio.sleep(_EVERY_S)
+
+
+async def watch_engines(busy: Mapping[str, Callable[[], bool]], tell: Tell) -> None:
+    """Tells each stretch of time in which an engine had work, to a twentieth of a second."""
+    since: dict[str, float] = {}
+    while True:
+        now = time.time()
+        for who, is_busy in busy.items():
+            if is_busy():
+                since.setdefault(who, now)
+            elif who in since:
+                tell(News(Kind.BUSY, {"who": who, "begin": since.pop(who), "end": now}))
+        await asyncio.sleep(_GLANCE_S)
 
 
 def _look(bus: Bus) -> dict[str, tuple[int, int]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -17,6 +19,7 @@ from charter.policy.config import PolicyConfig
 from charter.rpc import ServerConfig
 
 Open = Callable[[str], LanguageModel]
+Busy = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +32,30 @@ class Servers:
     """The policies that users meet; they get what the gate lets pass."""
     critic: str
     judge: str
+    busy: Mapping[str, Busy]
+    """Whether the engine that samples, and the one that gives feedback, have work now."""
 
 
-def _opener(threads: int) -> Open:
-    def opened(uri: str) -> LanguageModel:
+class _Opener:
+    """Opens models, and remembers them for as long as they are used."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._opened: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __call__(self, uri: str) -> LanguageModel:
         from charter.lm import open_model
 
-        return open_model(uri, threads=threads) if uri.startswith("local:") else open_model(uri)
+        local = uri.startswith("local:")
+        model = open_model(uri, threads=self._threads) if local else open_model(uri)
+        if local:
+            self._opened.add(model)
+        return model
 
-    return opened
+    def busy(self) -> bool:
+        """Whether an engine that it opened has work."""
+        states = [model.status() for model in list(self._opened)]
+        return any(state.running + state.waiting for state in states)
 
 
 async def start(config: CircleConfig, places: Places, stack: contextlib.AsyncExitStack) -> Servers:
@@ -46,10 +64,10 @@ async def start(config: CircleConfig, places: Places, stack: contextlib.AsyncExi
     from charter.judge import server as judge
     from charter.policy import server as policy
 
-    opener = _opener(config.threads)
-    shared = SharedModels(opener)
+    samples, serves, gives_feedback = (_Opener(config.threads) for _ in range(3))
+    shared = SharedModels(gives_feedback)
 
-    async def sampling() -> str:
+    async def sampling(opener: _Opener) -> str:
         settings = PolicyConfig(
             model=f"local:{places.model}", registry=str(places.registry), server=_server()
         )
@@ -57,8 +75,8 @@ async def start(config: CircleConfig, places: Places, stack: contextlib.AsyncExi
         stack.push_async_callback(running.drain)
         return running.target
 
-    sampled = await sampling()
-    serving = places.policies or (await sampling(),)
+    sampled = await sampling(samples)
+    serving = places.policies or (await sampling(serves),)
     criticising = await critic.serve(
         CriticConfig(model=places.feedback_model, constitution=places.constitution, server=_server()),
         CollectorRegistry(),
@@ -76,7 +94,8 @@ async def start(config: CircleConfig, places: Places, stack: contextlib.AsyncExi
         open_model=shared.open,
     )
     stack.push_async_callback(judging.drain)
-    return Servers(sampled, serving, criticising.target, judging.target)
+    busy = {"sampling": samples.busy, "judging": gives_feedback.busy}
+    return Servers(sampled, serving, criticising.target, judging.target, busy)
 
 
 def _server() -> ServerConfig:

@@ -102,6 +102,7 @@ def write(out: Path, record: Record, config: CircleConfig, places: Places) -> li
             "budget": config.gate.limits.kl_budget,
         },
         "ppo": record.steps,
+        **record.busy,
         "reward": record.reward,
         "gate": record.gate,
         "targets": [{**asdict(t), "met": t.met} for t in found],
@@ -203,9 +204,10 @@ def _draw_health(axis: Any, record: Record) -> None:
     axis.plot(x, [s["staleness_mean"] for s in record.steps], color=_GREY, label="staleness, versions")
     axis.plot(x, [s["explained_variance"] for s in record.steps], color=_GREEN, label="explained variance")
     axis.set_xlabel("PPO step")
+    axis.margins(y=0.2)
     axis.set_ylim(bottom=0)
     axis.set_title("Health of the run")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, ncols=3, loc="upper center")
 
 
 # The page --------------------------------------------------------------------------------------------------

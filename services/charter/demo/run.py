@@ -37,6 +37,10 @@ class Record:
     reward: list[Mapping[str, Any]] = field(default_factory=list)
     gate: list[dict[str, Any]] = field(default_factory=list)
     """Candidates that were decided on; `oracle` has the oracle's rates at 0.7."""
+    busy: dict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: {"sampling": [], "judging": []}
+    )
+    """While PPO ran: when the engine that samples, and the one that judges, had work."""
     rates: dict[str, Any] = field(default_factory=dict)
     """Stage (seed, after_sl, after_rl): rates of `measure_chat`."""
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -108,6 +112,8 @@ async def run(config: CircleConfig, places: Places, held: Held, tell: Tell) -> R
                 record.steps.append({**news.values, "at": news.at})
             case Kind.REWARD:
                 record.reward.append({**news.values, "at": news.at})
+            case Kind.BUSY:
+                record.busy[news.values["who"]].append((news.values["begin"], news.values["end"]))
             case Kind.GATE if news.values["measurements"]:
                 record.gate.append(dict(news.values))
             case _:
