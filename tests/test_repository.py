@@ -98,6 +98,27 @@ def test_a_service_is_imported_by_nobody_but_itself() -> None:
     assert sorted(wrong) == []
 
 
+# Only what measures may know the truth about the seed world; nothing that trains, labels, chooses prompts or
+# decides on a roll-out may. `world` is not among these: it writes the prompts, as a file of prompts would.
+_TRUTH = {"charter.seedmodel.oracle", "charter.seedmodel.kinds", "charter.seedmodel.corpus"}
+_MEASURERS = {"seedmodel", "evaluation"}
+_MEASURING_FILES = {"demo/measuring.py"}
+
+
+def test_the_oracle_only_measures() -> None:
+    wrong = set()
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] in _MEASURERS or place.as_posix() in _MEASURING_FILES:
+            continue
+        for line, module in _imports(path):
+            # The measurements themselves are out of bounds, too; their pure statistics are not.
+            measured = module.startswith("charter.evaluation.seed") and place.parts[0] not in COMPOSERS
+            if measured or any(module == truth or module.startswith(f"{truth}.") for truth in _TRUTH):
+                wrong.add(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert sorted(wrong) == []
+
+
 _WITHOUT_EXTRAS = """
 import importlib, importlib.abc, pkgutil, sys
 
