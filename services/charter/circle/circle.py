@@ -150,7 +150,7 @@ class Circle:
         self, supply: Supply, bus: Bus, where: servers.Servers, publishing: Publishing, policy: str
     ) -> int:
         config = self._config
-        ready = asyncio.Event()
+        rounds = _Rounds()
         if self._newest() is None and self.registry.serving("reward") is None:
             self._phase(Phase.COMPARING)
 
@@ -159,14 +159,15 @@ class Circle:
                 self._tell(News(Kind.STEP, news["metrics"], news["at"]))
             elif "reward" in news:
                 self._tell(News(Kind.REWARD, news))
+                rounds.on(news)
             elif "training" in news:
-                ready.set()
+                rounds.training.set()
                 self._phase(Phase.REINFORCING)
 
         learner = asyncio.create_task(
             self._partner.call(learning.reinforce, config, self._places, policy, told=told)
         )
-        around = asyncio.create_task(self._feed(supply, bus, where, publishing, ready))
+        around = asyncio.create_task(self._feed(supply, bus, where, publishing, rounds))
         try:
             await asyncio.wait({learner, around}, return_when=asyncio.FIRST_COMPLETED)
             if around.done():
@@ -176,13 +177,27 @@ class Circle:
             await _ended(around)
             await _ended(learner)
 
+    async def _label(
+        self, supply: Supply, bus: Bus, policy: PolicyModel, judge: JudgeClient, rounds: _Rounds
+    ) -> None:
+        """The first pairs, and more of them while the reward model that they make is of no use."""
+        count = self._config.first_pairs
+        while not rounds.ready.is_set():
+            prompts = supply.part(self._config.revisions, count)
+            await first_pairs.label(
+                bus, policy, judge, prompts, self._config, lambda d, t: self._progress("pairs", d, t)
+            )
+            await rounds.ended.wait()
+            rounds.ended.clear()  # set again by the round after this, if it comes to one
+            count += self._config.reward_schedule.every
+
     async def _feed(
         self,
         supply: Supply,
         bus: Bus,
         where: servers.Servers,
         publishing: Publishing,
-        ready: asyncio.Event,
+        rounds: _Rounds,
     ) -> None:
         """Labels for the first reward model, then prompts, rollouts and labels for PPO until cancelled."""
         from charter.judge import worker as judging
@@ -193,10 +208,8 @@ class Circle:
         workers: list[Any] = []
         try:
             if self._newest() is None and self.registry.serving("reward") is None:
-                prompts = supply.part(config.revisions, config.first_pairs)
-                report = lambda done, total: self._progress("pairs", done, total)  # noqa: E731
-                await first_pairs.label(bus, policy, judge, prompts, config, report)
-            await ready.wait()
+                await self._label(supply, bus, policy, judge, rounds)
+            await rounds.training.wait()
             await asyncio.to_thread(first_pairs.pass_over, bus, MEMBER)
             newest = self._newest()
             if newest is not None:
@@ -218,6 +231,27 @@ class Circle:
                 worker.stop()
             await policy.close()
             await judge.close()
+
+
+class _Rounds:
+    """How the first rounds of the reward model end."""
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+        """There is a reward model in force."""
+        self.training = asyncio.Event()
+        """PPO has begun."""
+        self.ended = asyncio.Event()
+        """A round has ended: with `ready`, or without a model in force."""
+        self._state = ""
+
+    def on(self, news: dict[str, Any]) -> None:
+        """What the reward service said of itself."""
+        if news["model"] or (news["reward"] == "kept_old" and self._state != "kept_old"):
+            self.ended.set()
+        if news["model"]:
+            self.ready.set()
+        self._state = news["reward"]
 
 
 async def _ended(task: asyncio.Task[T]) -> None:

@@ -11,7 +11,7 @@ from charter.judge.config import Judging
 from charter.prompts.config import PromptsConfig, Weights
 from charter.publisher.config import GateConfig
 from charter.redteam.config import RedTeamConfig
-from charter.reward.config import LearnerConfig, ScheduleConfig, WindowConfig
+from charter.reward.config import LearnerConfig, PromotionConfig, ScheduleConfig, WindowConfig
 from charter.sampler.config import SamplerConfig
 from charter.sft.config import OwnAnswers, SftConfig
 from charter.trainer.config import PPOConfig, WatchConfig
@@ -80,6 +80,7 @@ class CircleConfig:
     reward_tuning: TuningConfig = field(
         default_factory=lambda: TuningConfig(learning_rate=3e-4, epochs=2.0, batch_size=32)
     )
+    reward_promotion: PromotionConfig = field(default_factory=PromotionConfig)
     reward_learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(threads=1))
     ppo: PPOConfig = field(default_factory=_ppo)
     watch: WatchConfig = field(default_factory=WatchConfig)

@@ -135,6 +135,7 @@ def _reward_config(config: CircleConfig, places: Places, init: Path) -> Any:
         schedule=replace(config.reward_schedule, first=config.first_pairs),
         window=config.reward_window,
         tuning=replace(config.reward_tuning, seed=config.seed),
+        promotion=config.reward_promotion,
         learner=config.reward_learner,
         server=ServerConfig(drain_grace_s=2.0),
     )

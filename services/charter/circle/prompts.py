@@ -39,12 +39,15 @@ class Supply:
         self._share = config.red_team_share if self._helpful else 1.0
 
     def part(self, start: int, count: int) -> list[RedTeamPrompt]:
-        """`count` prompts from `start` on, mixed; the same ones for the same arguments, wrapping around."""
-        red = round(start * self._share), round((start + count) * self._share)
-        helpful = start - red[0], start + count - red[1]
-        chosen = [*_slice(self._red_team, *red), *_slice(self._helpful, *helpful)]
-        random.Random(f"{start}/{count}").shuffle(chosen)
-        return chosen
+        """`count` prompts from `start` on, the two kinds mixed evenly; wraps around at the end."""
+        return [self._at(number) for number in range(start, start + count)]
+
+    def _at(self, number: int) -> RedTeamPrompt:
+        """The prompt of this number: always the same one."""
+        before, now = int(number * self._share), int((number + 1) * self._share)
+        if now > before:
+            return self._red_team[before % len(self._red_team)]
+        return self._helpful[(number - before) % len(self._helpful)]
 
     def helpful(self, start: int, count: int) -> list[RedTeamPrompt]:
         """`count` helpful prompts from `start` on."""
