@@ -169,6 +169,8 @@ class ModelStore:
 
     def _link(self) -> None:
         """A convenience: a file system without links goes without."""
+        if not self.state.in_force:
+            return
         with contextlib.suppress(OSError):
             draft = self.folder / ".current"
             draft.unlink(missing_ok=True)
