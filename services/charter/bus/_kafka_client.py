@@ -104,8 +104,8 @@ class KafkaOptions:
 
     @property
     def where(self) -> str:
-        """The brokers, for messages."""
-        return ",".join(self.bootstrap)
+        """The brokers and the user, for messages."""
+        return ",".join(self.bootstrap) + (f" as user {self.user!r}" if self.sasl else "")
 
     def common(self) -> dict[str, Any]:
         """Settings of every client."""
@@ -139,6 +139,7 @@ class KafkaOptions:
             "transactional_id": transactional_id,
             "transaction_timeout_ms": int(self.transaction_timeout_s * 1000),
             "max_block_ms": int(self.timeout_s * 1000),
+            "delivery_timeout_ms": int(self.timeout_s * 2000),  # more than one request may take
             "compression_type": None if self.compression == "none" else self.compression,
             "batch_size": BATCH_BYTES,
             "max_request_size": MAX_MESSAGE_BYTES + OVERHEAD_BYTES,

@@ -196,7 +196,7 @@ class Consumer(Protocol):
         In each partition the position moves behind the last of `records`, so give them in the order of
         `poll` and leave none out. Raises `Fenced` when a partition went to another member meanwhile: throw
         the work away and poll again, which goes on from the committed positions of what is still owned.
-        `BackendUnavailable`: nothing is known to have happened; commit again or poll again.
+        `BackendUnavailable`: commit the same again, and it has happened once; or poll again.
         """
         ...
 
@@ -217,7 +217,11 @@ class Consumer(Protocol):
         ...
 
     def close(self) -> None:
-        """Leaves the group, so that others take over at once. Records in hand go back. Safe to repeat."""
+        """Leaves the group, so that others take over at once. Records in hand go back. Safe to repeat.
+
+        Kafka keeps the place of a member with a name until its session runs out, so that a restart moves
+        nothing.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -234,7 +238,8 @@ class Bus(Protocol):
         """Appends all of `messages`, or none of them, and says where they lie.
 
         Raises `BusError` for an unknown topic or a message over the topic's limit, and
-        `BackendUnavailable` when the log cannot be reached now.
+        `BackendUnavailable` when the log cannot be reached now: publish the same messages again (with the
+        same bus), and they are there once.
         """
         ...
 

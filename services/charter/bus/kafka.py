@@ -59,6 +59,7 @@ class KafkaBus:
         self._name = uuid.uuid4().hex
         self._publisher = TransactionalProducer(options, f"charter-publisher-{self._name}")
         self._publications = 0
+        self._undecided: tuple[tuple[Outgoing, ...], dict[Partition, int], list[Position]] | None = None
         self._admin_client: KafkaAdminClient | None = None
         self._reader_client: Client | None = None
         self._consumers: list[KafkaGroupConsumer] = []
@@ -69,30 +70,46 @@ class KafkaBus:
         """See `Bus.publish`.
 
         A counter travels in each transaction as a position of a group of this bus's own, so that a
-        transaction that the cluster did not answer can be told to have happened or not.
+        transaction that the cluster did not answer can be told to have happened or not: where that is not
+        known at once, publishing the same messages again finds out first.
         """
         if not messages:
             return ()
         specs = self._specs([message.topic for message in messages])
         check_messages(messages, specs)
         with self._lock:
+            earlier = self._settle(messages)
+            if earlier is not None:
+                return earlier
             self._publications += 1
             mark = {Partition(messages[0].topic, 0): self._publications}
             found: list[Position] = []
             try:
                 return self._publisher.transact(messages, specs, mark, self._mark_group, found)
             except Undecided:
-                if not self._was_published(mark):
+                self._undecided = (tuple(messages), mark, found)
+                earlier = self._settle(messages)
+                if earlier is None:
                     raise
-                return tuple(found)
+                return earlier
 
     @property
     def _mark_group(self) -> str:
         return f"charter-publisher-{self._name}"
 
-    def _was_published(self, mark: dict[Partition, int]) -> bool:
-        self._publisher.reopen()
-        return all(self.positions(self._mark_group).get(place, 0) >= count for place, count in mark.items())
+    def _settle(self, messages: Sequence[Outgoing]) -> tuple[Position, ...] | None:
+        """Finds out about an undecided publication; where it lies, if it happened and was of `messages`.
+
+        Raises `BackendUnavailable` when that cannot be known yet.
+        """
+        if self._undecided is None:
+            return None
+        published, mark, found = self._undecided
+        self._publisher.reopen()  # the cluster finishes or aborts the transaction
+        positions = self.positions(self._mark_group)
+        self._undecided = None
+        happened = all(positions.get(place, 0) >= count for place, count in mark.items())
+        return tuple(found) if happened and published == tuple(messages) else None
 
     def consumer(
         self,
