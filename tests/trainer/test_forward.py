@@ -13,6 +13,13 @@ from charter.trainer.forward import (
     selected_logprobs,
     slot_values,
 )
+from charter.trainer.narrow import narrow_last_layer
+
+
+def _ready(model, *, packed):
+    select_attention(model, packed=packed)
+    narrow_last_layer(model)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -69,6 +76,7 @@ def test_any_architecture_gives_packed_answers_the_logprobs_they_have_alone(make
     model = make().eval()
     frozen = rollouts(model, 9)
     packed = can_pack(model)
+    narrow_last_layer(model)
     assert packed is packs
     assert ("cannot be packed" in caplog.text) is not packs
     batch = build_batch(frozen)
@@ -83,6 +91,8 @@ def test_any_architecture_gives_packed_answers_the_logprobs_they_have_alone(make
 def test_packed_equals_padded_for_logprobs_and_values():
     model, value = llama().eval(), value_model().eval()
     batch = build_batch(rollouts(model, 9))
+    for each in (model, value.backbone):
+        narrow_last_layer(each)
     found = {}
     for packed in (True, False):
         select_attention(model, packed=packed)
@@ -103,7 +113,7 @@ def test_packed_equals_padded_for_logprobs_and_values():
 def test_temperature_divides_the_logits():
     model = llama().eval()
     batch = build_batch(rollouts(model, 4))
-    select_attention(model, packed=True)
+    _ready(model, packed=True)
     prompt, answer = batch.rollouts[0].prompt_ids, batch.rollouts[0].answer_ids
     micro = micro_batches(batch, [0], 100, packed=True)[0]
     scale = torch.full((len(answer),), 1 / 0.7)
@@ -114,10 +124,33 @@ def test_temperature_divides_the_logits():
     )
 
 
+@pytest.mark.parametrize(("make", "narrows"), [(llama, True), (_gpt2, True), (_mamba, False)])
+def test_the_last_feed_forward_runs_for_the_slots_alone_and_changes_no_gradient(make, narrows):
+    batch = build_batch(rollouts(make().eval(), 6))
+    gradients, rows = [], []
+    for narrow in (False, True):
+        model = make().eval()
+        packed = can_pack(model)
+        assert narrow_last_layer(model) is narrows
+        micro = micro_batches(batch, range(6), 10_000, packed=packed)[0]
+        last = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)][-1][-1]
+        if narrows:
+            inner = next(m for m in last.mlp.modules() if m is not last.mlp)
+            inner.register_forward_hook(lambda m, i, o: rows.append(i[0].shape[:-1].numel()))
+        if not narrow and narrows:
+            del last.mlp.forward
+        policy_logits(model, micro, micro.flat).logsumexp(-1).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-5)
+    if narrows:
+        assert rows == [micro.computed_tokens, len(micro.slots)]
+
+
 def test_no_logits_are_computed_for_prompts():
     model = llama().eval()
     batch = build_batch(rollouts(model, 6))
-    select_attention(model, packed=True)
+    _ready(model, packed=True)
     micro = micro_batches(batch, range(6), 10_000, packed=True)[0]
     assert policy_logits(model, micro, micro.flat).shape == (len(micro.slots), VOCABULARY)
     assert len(micro.slots) == sum(len(r.answer_ids) for r in batch.rollouts)
@@ -148,15 +181,16 @@ def test_autograd_notices_if_somebody_else_needs_the_logits():
 
 
 def test_logprobs_are_float32_even_where_the_model_computes_in_bfloat16():
-    model = llama().eval().to(torch.bfloat16)
-    select_attention(model, packed=True)
+    model, value = llama().eval().to(torch.bfloat16), value_model().to(torch.bfloat16)
+    _ready(model, packed=True)
+    _ready(value.backbone, packed=False)
     batch = build_batch(rollouts(llama(), 3))
     micro = micro_batches(batch, range(3), 1000, packed=True)[0]
     logp = selected_logprobs(
         policy_logits(model, micro, micro.flat), batch.targets[micro.slots], torch.ones(len(micro.slots))
     )
     assert logp.dtype == torch.float32
-    assert slot_values(value_model().to(torch.bfloat16), _usual(batch)).dtype == torch.float32
+    assert slot_values(value, _usual(batch)).dtype == torch.float32
 
 
 def _usual(batch):

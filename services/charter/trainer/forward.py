@@ -158,12 +158,13 @@ def mean_entropy_with_gradient(logits: Tensor, inverse_temperature: Tensor) -> T
     return -(logp.exp() * logp).sum(-1)
 
 
-def model_inputs(micro: MicroBatch) -> dict[str, Any]:
-    """What every model gets."""
+def model_inputs(micro: MicroBatch, flat: Tensor) -> dict[str, Any]:
+    """What every model gets; `flat` are the places whose hidden states will be read."""
     inputs: dict[str, Any] = {
         "input_ids": micro.input_ids,
         "position_ids": micro.position_ids,
         "use_cache": False,
+        "slots": flat,
     }
     if micro.attention_mask is None:
         inputs["segments"] = micro.segments
@@ -176,17 +177,18 @@ def policy_logits(model: nn.Module, micro: MicroBatch, flat: Tensor) -> Tensor:
     """Logits of a causal model at these places only, [n, vocabulary].
 
     Args:
-        model: any causal model of transformers, perhaps wrapped by peft or accelerate.
+        model: any causal model of transformers that went through `narrow_last_layer`, perhaps wrapped by
+            peft or accelerate.
         micro: the input.
         flat: places in the flattened input, [n].
     """
     if micro.attention_mask is None:
-        logits: Tensor = model(**model_inputs(micro), logits_to_keep=flat).logits[0]
+        logits: Tensor = model(**model_inputs(micro, flat), logits_to_keep=flat).logits[0]
         return logits
     # A rectangle: the columns that any row needs, then each row's own.
     width = micro.input_ids.shape[1]
     columns, inverse = torch.unique(flat % width, return_inverse=True)
-    kept = model(**model_inputs(micro), logits_to_keep=columns).logits
+    kept = model(**model_inputs(micro, flat), logits_to_keep=columns).logits
     picked: Tensor = kept.flatten(0, 1)[flat // width * len(columns) + inverse]
     return picked
 
@@ -218,13 +220,13 @@ class ValueModel(nn.Module):
     def forward(self, flat: Tensor, **inputs: Any) -> Tensor:
         """float32 values at these places of the flattened input, [n]."""
         hidden = self.backbone(**inputs).last_hidden_state.flatten(0, 1)
-        values: Tensor = self.head(hidden.index_select(0, flat)).squeeze(-1).float()
+        values: Tensor = self.head(hidden.index_select(0, flat)).float().sum(-1)  # FSDP wants no view
         return values
 
 
 def slot_values(model: nn.Module, micro: MicroBatch) -> Tensor:
     """Values of a micro-batch's slots, [n]."""
-    values: Tensor = model(micro.flat, **model_inputs(micro))
+    values: Tensor = model(micro.flat, **model_inputs(micro, micro.flat))
     return values
 
 

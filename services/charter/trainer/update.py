@@ -46,6 +46,7 @@ from charter.trainer.forward import (
     selected_logprobs,
     slot_values,
 )
+from charter.trainer.narrow import narrow_last_layer
 from charter.trainer.report import EpochTally, summarize
 from charter.trainer.rollout import Rollout
 
@@ -109,6 +110,9 @@ class Updater:
         for model in (value_model.backbone, reference):
             if model is not None:
                 select_attention(model, packed=self.packed)
+        for model in (policy, value_model.backbone, reference):
+            if model is not None:
+                narrow_last_layer(model)
         if config.gradient_checkpointing:
             for model in (policy, value_model.backbone):
                 enable_checkpointing(model)
@@ -337,7 +341,9 @@ class Updater:
         """Clips a model's gradient; returns its norm before. Nothing is applied until both are finite."""
         parameters = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
         limit = self.config.max_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        # torch's own: accelerate's looks parameters up model by model, which fails for two sharded models.
+        total = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
         if not math.isfinite(norm):
             raise TrainingStopped(
                 f"step {self.step}: the gradient of the {which} is {norm}, and was not applied. The last "
