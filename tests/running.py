@@ -16,6 +16,11 @@ START_S = 280.0
 """Patience for a machine that does much else; no measure of speed."""
 
 
+def _unless_told(arguments: tuple[str, ...]) -> dict[str, str]:
+    """Most tests are about the endpoint; learning beside it would only take the time of others."""
+    return {} if "--learn" in arguments else {"CHARTER__LEARN": "false"}
+
+
 class Run:
     """A `charter run` in a process group of its own, as a terminal or make would start it."""
 
@@ -29,7 +34,7 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment | {"OMP_NUM_THREADS": "1"},
+                env=environment | {"OMP_NUM_THREADS": "1", **_unless_told(arguments)},
             )
 
     @property

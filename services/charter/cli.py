@@ -39,9 +39,9 @@ _PARTS = {
     "checkpoints": _Part("charter.registry.cli", "Lists, shows and compares checkpoints."),
     "sft": _Part("charter.sft.cli", "First phase: learns from revised answers.", "sft"),
     "preferences": _Part("charter.reward.cli", "Imports preferences that people gave."),
+    "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
     "promote": _Part("charter.publisher.cli", "Puts a checkpoint in force.", "promote"),
     "rollback": _Part("charter.publisher.cli", "Takes the checkpoint that serves out of force.", "rollback"),
-    "train": _Part("charter.trainer.cli", "Trains by a configuration file."),
     "demo": _Part("charter.demo.cli", "Takes the seed model once round the whole circle.", "demo"),
     "eval": _Part("charter.evaluation.cli", "Measures a model on held-out prompts."),
 }
@@ -137,6 +137,10 @@ def run(
             help="sqlite, kafka (starts a broker), or a URI such as kafka://host:port. (default: sqlite)"
         ),
     ] = None,
+    learn: Annotated[
+        bool | None,
+        typer.Option(help="Learns beside the endpoint. (default: with the seed model and --target all)"),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")] = None,
     log_level: Annotated[
         str | None,
@@ -166,6 +170,7 @@ def run(
         "constitution": constitution,
         "gateway.guard": guard,
         "bus": bus,
+        "learn": learn,
         "log.level": log_level,
         "log.json": log_json,
     }

@@ -21,7 +21,7 @@ from charter.app.settings import Deployment
 def as_yaml(deployment: Deployment) -> str:
     """All settings, section by section; sections of services that do not run here are left out."""
     lines = list(_fields(deployment.common, 0))
-    for name in ("gateway", "policy", "critic", "judge"):
+    for name in ("gateway", "policy", "critic", "judge", "learning"):
         config = getattr(deployment, name)
         if config is not None:
             lines += ["", f"{name}:", *_fields(config, 1)]

@@ -10,8 +10,8 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +63,23 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
+@asynccontextmanager
+async def _learning(deployment: Deployment, screen: Screen) -> AsyncIterator[None]:
+    """Learns while entered, where that is wanted; news goes to the screen."""
+    if deployment.learning is None:
+        yield
+        return
+    from charter.circle.beside import start_learning
+    from charter.circle.live import shown
+
+    with shown(screen.console) as tell:
+        learning = start_learning(deployment, deployment.learning, tell)
+        try:
+            yield
+        finally:
+            await learning.stop()
+
+
 async def _serve(deployment: Deployment, ports: PortReservations, state: StateFolder, screen: Screen) -> bool:
     """Starts, waits for a signal, stops; False when a start that cannot be interrupted is still under way."""
     began = time.monotonic()
@@ -78,7 +95,8 @@ async def _serve(deployment: Deployment, ports: PortReservations, state: StateFo
             if starting.done():
                 starting.result()
                 screen.ready(time.monotonic() - began, address)
-                await services.run_until(waiting)
+                async with _learning(deployment, screen):
+                    await services.run_until(waiting)
             screen.stopping()
         finally:
             waiting.cancel()

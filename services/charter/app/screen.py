@@ -18,6 +18,11 @@ class Screen:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
 
+    @property
+    def console(self) -> Console:
+        """For what is drawn live below the lines."""
+        return self._console
+
     def starting(self, deployment: Deployment, address: str) -> None:
         """Before anything slow begins."""
         common = deployment.common

@@ -1,8 +1,8 @@
 """What `charter run` can be told, and what follows from it for each service.
 
 The top level says what runs, on which models, by which constitution, and where things are kept. From that
-follow the defaults of every service's own section (`gateway`, `policy`, `critic`, `judge`), which a file, the
-environment or `--set` may override key by key.
+follow the defaults of every service's own section (`gateway`, `policy`, `critic`, `judge`) and of `learning`,
+which a file, the environment or `--set` may override key by key.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from charter.app.ports import PortReservations
+from charter.circle.config import CircleConfig
 from charter.config import Sources
 from charter.critic.config import CriticConfig
 from charter.errors import ConfigError
@@ -64,6 +65,8 @@ class RunSettings:
     """A constitution's name or file; empty: `seed` for the seed model, `charter` for any other."""
     bus: str = "sqlite"
     """`sqlite` (a file in the state folder), `kafka` (a broker started for this run), or a bus URI."""
+    learn: bool | None = None
+    """Learning beside the endpoint; null: yes where the whole system runs here on the seed model."""
     log: LogSettings = field(default_factory=LogSettings)
 
     @property
@@ -98,6 +101,7 @@ SECTIONS: Mapping[str, type] = {
     "policy": PolicyConfig,
     "critic": CriticConfig,
     "judge": JudgeConfig,
+    "learning": CircleConfig,
 }
 
 
@@ -110,6 +114,7 @@ class Deployment:
     policy: PolicyConfig | None
     critic: CriticConfig | None
     judge: JudgeConfig | None
+    learning: CircleConfig | None = None
 
 
 # Where services look for each other when they run in processes of their own on one machine.
@@ -168,7 +173,11 @@ def read_deployment(sources: Sources, common: RunSettings, ports: PortReservatio
             "drain_seconds": 5.0,
         }
         gateway = sources.build(GatewayConfig, "gateway", defaults=defaults)
-    return Deployment(common, gateway, policy, critic, judge)
+    learning = None
+    if common.learn or (common.learn is None and runs == set(EVERYTHING) and common.model == SEED):
+        # The endpoint goes first: learning takes what it leaves over.
+        learning = sources.build(CircleConfig, "learning", defaults={"niceness": 10})
+    return Deployment(common, gateway, policy, critic, judge, learning)
 
 
 def _address(server: ServerConfig | None, target: Target) -> str:
