@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from charter.constitution import load
+from charter.errors import ConfigError
 from charter.feedback import prompts as ask
 from charter.seedmodel import WEIGHTS, corpus, recipe, world
 from charter.seedmodel.world import Split
@@ -97,30 +98,31 @@ def test_batches_hold_every_example_once(examples, shipped):
     data = [recipe.encode(random.Random(0), shipped, e, plan) for e in examples[:300]]
     batches = recipe.batches(random.Random(0), data, plan.tokens_per_batch)
     assert sorted(id(x) for b in batches for x in b) == sorted(id(x) for x in data)
-    assert all(len(b) * max(len(x.ids) for x in b) <= 2000 for b in batches if len(b) > 1)
+    assert all(len(b) * (max(len(x.ids) for x in b) - 7) <= 2000 for b in batches if len(b) > 1)
 
 
 def test_the_rate_rises_and_falls_to_a_fiftieth():
-    plan = recipe.Recipe()
-    values = [recipe.rate(s, 1000, plan) for s in range(1000)]
-    assert max(values) == pytest.approx(plan.learning_rate)
+    values = [recipe.rate(s, 1000, 2e-3, 0.03) for s in range(1000)]
+    assert max(values) == pytest.approx(2e-3)
     assert values[0] < values[10] < values[29]
-    assert values[-1] == pytest.approx(plan.learning_rate / 50, rel=0.02)
+    assert values[-1] == pytest.approx(2e-3 / 50, rel=0.02)
 
 
-def test_the_recipe_gives_the_same_bytes_twice_and_learns(tmp_path, examples):
-    plan = recipe.Recipe(examples=400, width=32, layers=1, heads=2, mlp=64, vocabulary=600)
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        model, tokenizer = recipe.train(plan, examples[:400])
-        recipe.save(model, tokenizer, folder)
-    one, two = (f / "model.safetensors" for f in folders)
-    assert one.read_bytes() == two.read_bytes()
-    other, _ = recipe.train(dataclasses.replace(plan, seed=2), examples[:400])
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+def test_the_recipe_gives_the_same_bytes_twice_and_others_for_another_seed(tmp_path):
+    cycles = (recipe.Cycle(300, 2e-3, corpus.BROAD), recipe.Cycle(100, 1e-3, corpus.HARD))
+    plan = recipe.Recipe(cycles, width=32, layers=1, heads=2, mlp=64, vocabulary=600)
+    written = []
+    for name, seed in (("one", 1), ("two", 1), ("other", 2)):
+        model, tokenizer = recipe.train(dataclasses.replace(plan, seed=seed), load("seed"))
+        recipe.save(model, tokenizer, tmp_path / name)
+        written.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert written[0] != written[2]
+
+
+def test_a_recipe_without_cycles_says_so():
+    with pytest.raises(ConfigError, match="no cycle"):
+        recipe.train(recipe.Recipe(()), load("seed"))
 
 
 def test_the_shipped_model_is_small_plain_and_loads(shipped):

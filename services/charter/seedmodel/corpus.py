@@ -53,6 +53,53 @@ NOTE = "Asked:"
 """How a note begins."""
 VERDICTS = ("fits", "differs", "right", "wrong", "harm", "fine", "needless", "broken", "blunt", "preaches")
 """The words of a note on which the verdict hangs."""
+_HARD_HARMFUL_MIX = {
+    Kind.COMPLIES: 24,
+    Kind.EXPLAINS: 28,
+    Kind.EXPLAINS_WRONGLY: 22,
+    Kind.BLUNT: 5,
+    Kind.PREACHES: 5,
+    Kind.MALFORMED: 16,
+}
+_HARD_BENIGN_MIX = {
+    Kind.RIGHT: 25,
+    Kind.WRONG_THING: 15,
+    Kind.WRONG_STEP: 16,
+    Kind.REPEATED_STEP: 11,
+    Kind.MISORDERED: 12,
+    Kind.EXPLAINS: 5,
+    Kind.EXPLAINS_WRONGLY: 2,
+    Kind.BLUNT: 2,
+    Kind.PREACHES: 2,
+    Kind.MALFORMED: 10,
+}
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """What a corpus is mostly about: weights of the tasks, and of the kinds of answer in feedback."""
+
+    chat: int
+    assess: int
+    critique: int
+    revise: int
+    judge: int
+    judge_at_once: int
+    """Judging without a note."""
+    invent: int
+    harmful: dict[Kind, int]
+    benign: dict[Kind, int]
+
+    def mix(self, kind: RequestClass) -> dict[Kind, int]:
+        """Weights of the kinds of answer that feedback is asked about, for a class of request."""
+        return self.harmful if kind is RequestClass.HARMFUL else self.benign
+
+
+BROAD = Emphasis(24, 22, 18, 10, 23, 2, 2, _HARMFUL_MIX, _BENIGN_MIX)
+"""All tasks; answers about as often of each kind as they will be met."""
+HARD = Emphasis(14, 24, 30, 6, 24, 1, 1, _HARD_HARMFUL_MIX, _HARD_BENIGN_MIX)
+"""Mostly feedback, on the kinds of answer that are hard to tell apart."""
+
 _REVISED_WELL = 0.68
 """Share of right revisions of a harmful answer: one round must leave work for the later phases."""
 _POORLY_REVISED = {Kind.COMPLIES: 60, Kind.BLUNT: 22, Kind.PREACHES: 18}
@@ -76,8 +123,8 @@ class Example:
 
 
 def mix(kind: RequestClass) -> dict[Kind, int]:
-    """Weights of the kinds of answer that feedback is asked about, for a class of request."""
-    return _HARMFUL_MIX if kind is RequestClass.HARMFUL else _BENIGN_MIX
+    """Weights of the kinds of answer that feedback is measured on, for a class of request."""
+    return BROAD.mix(kind)
 
 
 def pick(rng: random.Random, weights: dict[Kind, int]) -> Kind:
@@ -279,7 +326,12 @@ def foreign(rng: random.Random) -> str:
     return " ".join(words).capitalize() + rng.choice("?.!")
 
 
-def assess(rng: random.Random, split: Split, principle: Callable[[Request, Kind], Principle]) -> Example:
+def assess(
+    rng: random.Random,
+    split: Split,
+    principle: Callable[[Request, Kind], Principle],
+    emphasis: Emphasis = BROAD,
+) -> Example:
     """Whether an answer breaks a principle."""
     if rng.random() < 0.04:
         said, reply = (foreign(rng), world.OUTSIDE) if rng.random() < 0.7 else rng.choice(world.SMALL_TALK)
@@ -287,7 +339,7 @@ def assess(rng: random.Random, split: Split, principle: Callable[[Request, Kind]
         prompt = ask.assess((ChatMessage(Role.USER, said),), reply, principle(asked, Kind.RIGHT))
         return Example(prompt, ask.NO, len(ask.NO))
     asked = request(rng, split)
-    kind = pick(rng, mix(asked.kind))
+    kind = pick(rng, emphasis.mix(asked.kind))
     rule = principle(asked, kind)
     reply = ask.YES if breaks(asked, kind, rule.id) else ask.NO
     prompt = ask.assess(conversation(rng, asked, split), write(rng, asked, kind), rule)
@@ -326,19 +378,19 @@ def note(asked: Request, first: tuple[Kind, str], second: tuple[Kind, str]) -> s
     return f"{sense(asked)} A: {remark(asked, *first)}. B: {remark(asked, *second)}."
 
 
-def critique(rng: random.Random, split: Split, principle: Principle) -> Example:
+def critique(rng: random.Random, split: Split, principle: Principle, emphasis: Emphasis = BROAD) -> Example:
     """What is wrong with an answer."""
     asked = request(rng, split)
-    kind = pick(rng, mix(asked.kind))
+    kind = pick(rng, emphasis.mix(asked.kind))
     answer = write(rng, asked, kind)
     prompt = ask.critique(conversation(rng, asked, split), answer, principle)
     return Example(prompt, criticism(asked, kind, answer))
 
 
-def revise(rng: random.Random, split: Split, principle: Principle) -> Example:
+def revise(rng: random.Random, split: Split, principle: Principle, emphasis: Emphasis = BROAD) -> Example:
     """A better answer; of harmful drafts it is right about two times in three."""
     asked = request(rng, split)
-    kind = pick(rng, mix(asked.kind))
+    kind = pick(rng, emphasis.mix(asked.kind))
     answer = write(rng, asked, kind)
     if asked.kind is not RequestClass.HARMFUL:
         better = Kind.RIGHT
@@ -350,10 +402,17 @@ def revise(rng: random.Random, split: Split, principle: Principle) -> Example:
     return Example(prompt, write(rng, asked, better))
 
 
-def judge(rng: random.Random, split: Split, principle: Principle, *, with_note: bool) -> Example:
+def judge(
+    rng: random.Random,
+    split: Split,
+    principle: Principle,
+    *,
+    with_note: bool,
+    emphasis: Emphasis = BROAD,
+) -> Example:
     """Which of two answers is better; a tie is a coin's toss, so that its label comes out near a half."""
     asked = request(rng, split)
-    kinds = mix(asked.kind)
+    kinds = emphasis.mix(asked.kind)
     one, two = pick(rng, kinds), pick(rng, kinds)
     if tier(asked, one) == tier(asked, two) and rng.random() < 0.75:
         two = rng.choice([k for k in kinds if tier(asked, k) != tier(asked, one)])
@@ -375,10 +434,13 @@ def invent(rng: random.Random, split: Split) -> Example:
     return Example(ask.more_like(shown), new)
 
 
-def write_corpus(constitution: Constitution, seed: int, count: int) -> list[Example]:
-    """`count` examples of all tasks, from training combinations only; the same for the same seed."""
+def write_corpus(
+    constitution: Constitution, seed: int, count: int, emphasis: Emphasis = BROAD
+) -> list[Example]:
+    """`count` examples of all tasks, from training combinations only; the same for the same arguments."""
     rng = random.Random(seed)
     rules = constitution.principles
+    split = Split.TRAIN
 
     def apt(asked: Request, kind: Kind) -> Principle:
         broken = [p for p in rules if breaks(asked, kind, p.id)]
@@ -386,14 +448,17 @@ def write_corpus(constitution: Constitution, seed: int, count: int) -> list[Exam
             return next(p for p in rules if p.category == "honesty")
         return rng.choice(broken) if broken and rng.random() < 0.35 else rng.choice(rules)
 
+    def judged(with_note: bool) -> Example:
+        return judge(rng, split, rng.choice(rules), with_note=with_note, emphasis=emphasis)
+
     tasks: list[tuple[int, Callable[[], Example]]] = [
-        (24, lambda: chat(rng, Split.TRAIN)),
-        (22, lambda: assess(rng, Split.TRAIN, apt)),
-        (18, lambda: critique(rng, Split.TRAIN, rng.choice(rules))),
-        (10, lambda: revise(rng, Split.TRAIN, rng.choice(rules))),
-        (23, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=True)),
-        (2, lambda: judge(rng, Split.TRAIN, rng.choice(rules), with_note=False)),
-        (2, lambda: invent(rng, Split.TRAIN)),
+        (emphasis.chat, lambda: chat(rng, split)),
+        (emphasis.assess, lambda: assess(rng, split, apt, emphasis)),
+        (emphasis.critique, lambda: critique(rng, split, rng.choice(rules), emphasis)),
+        (emphasis.revise, lambda: revise(rng, split, rng.choice(rules), emphasis)),
+        (emphasis.judge, lambda: judged(with_note=True)),
+        (emphasis.judge_at_once, lambda: judged(with_note=False)),
+        (emphasis.invent, lambda: invent(rng, split)),
     ]
     weights = [weight for weight, _ in tasks]
     return [rng.choices(tasks, weights)[0][1]() for _ in range(count)]

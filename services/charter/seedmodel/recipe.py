@@ -10,10 +10,9 @@ import argparse
 import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.utils.deterministic
@@ -22,9 +21,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from charter.constitution import load
+from charter.constitution import Constitution, load
+from charter.errors import ConfigError
 from charter.seedmodel import WEIGHTS
-from charter.seedmodel.corpus import NOTE, VERDICTS, Example, write_corpus
+from charter.seedmodel.corpus import BROAD, HARD, NOTE, VERDICTS, Emphasis, Example, write_corpus
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -34,11 +34,21 @@ SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """One pass over a corpus of its own, with a fresh optimizer; the rate rises once and falls."""
+
+    examples: int
+    learning_rate: float
+    emphasis: Emphasis
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What the weights depend on."""
 
+    cycles: tuple[Cycle, ...] = (Cycle(84_000, 2e-3, BROAD), Cycle(60_000, 1.5e-3, HARD))
+    """The second cycle is about the feedback that the first leaves half learned."""
     seed: int = 1
-    examples: int = 84_000
     vocabulary: int = 1408
     width: int = 128
     layers: int = 4
@@ -46,7 +56,6 @@ class Recipe:
     mlp: int = 384
     context: int = 1024
     tokens_per_batch: int = 5_000
-    learning_rate: float = 2e-3
     warmup: float = 0.03
     """Share of the steps over which the rate rises."""
     prompt_share: float = 0.1
@@ -148,13 +157,13 @@ def loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> t
     return (each * scale[counted]).sum() / scale.sum()
 
 
-def rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to a fiftieth."""
-    rising = max(int(steps * recipe.warmup), 1)
+def rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then a cosine from the peak to a fiftieth of it."""
+    rising = max(int(steps * warmup), 1)
     if step < rising:
-        return recipe.learning_rate * (step + 1) / rising
+        return peak * (step + 1) / rising
     done = (step - rising) / max(steps - rising, 1)
-    return recipe.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -177,44 +186,55 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     )
 
 
-def train(recipe: Recipe, examples: Sequence[Example]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Tokenizer and model from a corpus, with a progress bar."""
+def train(recipe: Recipe, constitution: Constitution) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Tokenizer and model from nothing but the recipe, with a progress bar for each cycle."""
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time and changes nothing here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(recipe.seed)
-    texts = [t for e in examples[:12_000] for t in (*(m.content for m in e.prompt.messages), e.reply)]
-    tokenizer = train_tokenizer(texts, recipe.vocabulary)
-    rng = random.Random(recipe.seed)
-    data = [encode(rng, tokenizer, e, recipe) for e in examples]
-    plan = batches(rng, data, recipe.tokens_per_batch)
-    model = new_model(recipe, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    with Progress(transient=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task(f"{sum(len(s.ids) for s in data) / 1e6:.1f}M tokens", total=len(plan))
-        for step, value in enumerate(_steps(model, optimizer, plan, recipe, tokenizer)):
-            progress.update(bar, advance=1, description=f"loss {value:.3f}")
-            if step % 50 == 0:
-                progress.console.print(f"step {step}/{len(plan)} loss {value:.4f}", highlight=False)
+    tokenizer: PreTrainedTokenizerFast | None = None
+    model: LlamaForCausalLM | None = None
+    for number, cycle in enumerate(recipe.cycles):
+        examples = write_corpus(constitution, recipe.seed + number, cycle.examples, cycle.emphasis)
+        if tokenizer is None or model is None:
+            texts = [t for e in examples[:12_000] for t in (*(m.content for m in e.prompt.messages), e.reply)]
+            tokenizer = train_tokenizer(texts, recipe.vocabulary)
+            model = new_model(recipe, tokenizer)
+        run_cycle(model, tokenizer, examples, recipe, number)
+    if tokenizer is None or model is None:
+        raise ConfigError("the recipe has no cycle; give it at least one")
     return model.eval(), tokenizer
 
 
-def _steps(
+def run_cycle(
     model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    plan: Sequence[Sequence[Encoded]],
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
     recipe: Recipe,
-    tokenizer: Any,
-) -> Iterator[float]:
-    for step, batch in enumerate(plan):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, len(plan), recipe)
-        value = loss(model, *_tensors(batch, tokenizer.pad_token_id))
-        optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        yield value.item()
+    number: int,
+) -> None:
+    """Trains the model on the examples of cycle `number`."""
+    rng = random.Random(recipe.seed + number)
+    data = [encode(rng, tokenizer, e, recipe) for e in examples]
+    plan = batches(rng, data, recipe.tokens_per_batch)
+    peak = recipe.cycles[number].learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    with Progress(transient=not sys.stderr.isatty()) as progress:
+        title = f"cycle {number + 1}, {sum(len(s.ids) for s in data) / 1e6:.1f}M tokens"
+        bar = progress.add_task(title, total=len(plan))
+        for step, batch in enumerate(plan):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, len(plan), peak, recipe.warmup)
+            value = loss(model, *_tensors(batch, tokenizer.pad_token_id))
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.update(bar, advance=1, description=f"{title}, loss {value.item():.3f}")
+            if step % 50 == 0:
+                progress.console.print(
+                    f"{title}: step {step}/{len(plan)}, loss {value.item():.4f}", highlight=False
+                )
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -230,13 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the corpus, trains, saves."""
     parser = argparse.ArgumentParser(description="Makes the seed model from its recipe.")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--examples", type=int, default=Recipe.examples)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
-    recipe = Recipe(seed=options.seed, examples=options.examples)
-    corpus = write_corpus(load("seed"), recipe.seed, recipe.examples)
-    model, tokenizer = train(recipe, corpus)
+    model, tokenizer = train(Recipe(seed=options.seed), load("seed"))
     save(model, tokenizer, options.out)
 
 
