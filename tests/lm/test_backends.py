@@ -37,6 +37,8 @@ from charter.lm.remote import turns as as_json
 from charter.lm.uri import Backend, ModelUri, parse_uri
 from charter.v1 import policy_pb2
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine takes minutes to start a second torch
+
 PROMPT = ask("How do I open the door?", system="Be brief.")
 MODEL = ("llama", 0, True)
 """The tiny model whose likeliest answers are words."""
@@ -62,7 +64,7 @@ def transformers_serve(tiny):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 400
         while True:
             assert server.poll() is None, "transformers serve ended while it started"
             assert time.monotonic() < deadline, "transformers serve did not come up"
@@ -108,7 +110,7 @@ async def opened(kind, request):
             model = open_model(f"tgi+{base}")
         else:
             base = request.getfixturevalue("transformers_serve")
-            model = open_model(f"openai+{base}#{folder}")
+            model = open_model(f"openai+{base}#{folder}", timeout_s=400)
         stack.push_async_callback(model.close)
         yield model
 
