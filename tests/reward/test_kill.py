@@ -51,6 +51,7 @@ class Child:
         async with rpc.channel(f"127.0.0.1:{self.port}") as channel:
             stub = RewardServiceStub(channel)
             while True:
+                assert self.process.poll() is None, "the server ended by itself"
                 with suppress(BackendUnavailable):
                     async for news in stub.Train(reward_pb2.TrainRequest(follow_only=True)):
                         if news.state in states and news.step >= step:

@@ -24,6 +24,7 @@ from charter.registry.registry import REWARD
 from charter.reward import server
 from charter.reward.config import RewardConfig
 from charter.reward.learner import LearnerDiedError, Tell
+from charter.reward.promotion import Verdict
 from charter.reward.rounds import Job, run
 from charter.reward.scorer import Answer, open_scorer
 from charter.v1 import reward_pb2
@@ -343,6 +344,34 @@ async def test_a_round_that_fails_for_good_is_given_up_and_the_reason_is_told(
         assert "not finite" in (await served.round())[-1].message
         with pytest.raises(BackendUnavailable):
             await served.score(((5, 6), (7, 4)))
+
+
+async def test_a_full_disk_leaves_the_old_model_in_force_and_the_round_is_done_when_there_is_room(
+    trained: RewardConfig, vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import shutil
+
+    from charter.reward import store
+
+    shutil.copytree(trained.folder, tmp_path / "reward", symlinks=True)
+    learner = replace(trained.learner, patience_s=0.2)
+    config = replace(trained, folder=tmp_path / "reward", bus="", learner=learner)
+
+    def full(source: Path, into: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with Served(config, vocabulary) as served:
+        before = (await served.status()).model.version
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "_copy", full)
+            patched.setattr("charter.reward.service.decide", lambda *_: Verdict(True, "better"))
+            news = await served.round(follow_only=False)
+            assert "No space left on device" in news[-1].message
+            assert (await served.status()).model.version == before
+            assert Registry(config.folder / "models").serving(REWARD).id == before
+        await served.ended(2)
+        assert not (config.folder / "job.json").exists()
 
 
 async def test_labels_of_another_tokenizer_and_nonsense_go_to_the_dead_letters(

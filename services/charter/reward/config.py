@@ -112,6 +112,8 @@ class LearnerConfig:
     """Added to the process's niceness, so that scoring goes first."""
     attempts: int = 3
     """Times that a round is begun before it is given up."""
+    patience_s: float = 30.0
+    """After a full disk, how long until a round is tried again."""
 
 
 def _tuning() -> TuningConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from charter.errors import CheckpointError
+from charter.errors import BackendUnavailable, CheckpointError
 from charter.reward.pairs import Pair
 
 _SCHEMA = """
@@ -59,7 +59,10 @@ class LabelStore:
             ) from error
 
     def add(self, pair: Pair, heldout: bool) -> bool:
-        """Stores a label unless it is there; says whether it was new. It is on the disk when this returns."""
+        """Stores a label unless it is there; says whether it was new. It is on the disk when this returns.
+
+        Raises `BackendUnavailable` when the disk refuses.
+        """
         row = (
             pair.preference_id,
             pair.prompt_id,
@@ -73,12 +76,15 @@ class LabelStore:
             "\n".join(pair.principles),
             int(heldout),
         )
-        with self._lock:
-            done = self._connection.execute(
-                f"INSERT OR IGNORE INTO labels ({_FIELDS}, heldout) VALUES (?,?,?,?,?,?,?,?,?,?,?)",  # noqa: S608
-                row,
-            )
-            return done.rowcount == 1
+        query = f"INSERT OR IGNORE INTO labels ({_FIELDS}, heldout) VALUES (?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608
+        try:
+            with self._lock:
+                return self._connection.execute(query, row).rowcount == 1
+        except sqlite3.Error as error:
+            raise BackendUnavailable(
+                f"label {pair.preference_id} cannot be stored ({error}); make room on the disk; labels wait "
+                "on the bus meanwhile"
+            ) from error
 
     def count(self, heldout: bool | None = None) -> int:
         """Labels in all, or of one split."""

@@ -218,17 +218,17 @@ class RewardModel:
 
     async def _live(self) -> None:
         while True:
-            job = self._models.job or await asyncio.to_thread(self._due)
-            if job is None:
+            try:
+                job = self._models.job or await asyncio.to_thread(self._due)
+                if job is not None:
+                    await self._round(job)
+                    continue
                 await self._wake.wait()
                 self._wake.clear()
-                continue
-            try:
-                await self._round(job)
-            except CharterError as error:  # the disk, most often: the model in force stays, labels still come
-                log.exception("the round cannot be kept", round=job.number)
+            except Exception as error:  # the disk, most often: the model in force stays, labels still come
+                log.exception("the round cannot be kept; it is tried again", error=str(error))
                 self._end(News(Phase.KEPT_OLD, message=str(error)))
-                await asyncio.sleep(30)
+                await asyncio.sleep(self._config.learner.patience_s)
 
     def _due(self) -> Job | None:
         """The job of the next round, written down."""
