@@ -54,7 +54,13 @@ def take(consumer: Consumer, count: int) -> list[Record]:
 
 
 def everything(bus: Bus, topic: str) -> list[Record]:
-    """What the topic holds, in order within each partition."""
+    """What the topic holds, in order within each partition.
+
+    On a broker a transaction is seen a moment after its commit: waits until nothing new comes to light.
+    """
+    before = None
+    while before != (before := bus.bounds(topic)):
+        time.sleep(0.1)
     records: list[Record] = []
     for partition, bounds in bus.bounds(topic).items():
         offset = bounds.first

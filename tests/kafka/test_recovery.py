@@ -49,7 +49,8 @@ def bus(broker: Broker) -> Iterator[Bus]:
 
 
 def values(bus: Bus, topic: str, start: int) -> list[bytes | None]:
-    return [record.value for record in bus.fetch(topic, 0, start, 1000)]
+    """What lies behind `start`: a transaction is seen a moment after its commit."""
+    return [record.value for record in bus.fetch(topic, 0, start, 1000, timeout=30.0)]
 
 
 def end(bus: Bus, topic: str) -> int:

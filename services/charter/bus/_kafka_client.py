@@ -228,9 +228,13 @@ def translate(error: BaseException, where: str, doing: str) -> CharterError:
         )
     if isinstance(cause, kafka_errors.KafkaConfigurationError | kafka_errors.UnsupportedVersionError):
         return ConfigError(f"Kafka at {where}, {doing}: {text}")
-    return BackendUnavailable(
-        f"Kafka at {where} cannot be used now, {doing} ({text}); is the broker running?"
+    # A broker that refuses a password just hangs up, and kafka-python goes on trying.
+    question = (
+        "is the broker running, and is the password right?"
+        if " as user " in where
+        else "is the broker running?"
     )
+    return BackendUnavailable(f"Kafka at {where} cannot be used now, {doing} ({text}); {question}")
 
 
 _FENCED = (

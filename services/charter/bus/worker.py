@@ -185,6 +185,8 @@ class Worker:
 
     async def _step(self, consumer: Consumer) -> None:
         await self._wait_for_room()
+        if self._stopping.is_set():  # perhaps without room: nothing more is taken
+            return
         records = await self._poll(consumer)
         if records and self.options.delivery is Delivery.EXACTLY_ONCE:
             await self._work_then_commit(consumer, records)
