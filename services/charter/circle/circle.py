@@ -187,6 +187,7 @@ class Circle:
             await first_pairs.label(
                 bus, policy, judge, prompts, self._config, lambda d, t: self._progress("pairs", d, t)
             )
+            await asyncio.to_thread(first_pairs.pass_over, bus, MEMBER)
             await rounds.ended.wait()
             rounds.ended.clear()  # set again by the round after this, if it comes to one
             count += self._config.reward_schedule.every
@@ -210,7 +211,6 @@ class Circle:
             if self._newest() is None and self.registry.serving("reward") is None:
                 await self._label(supply, bus, policy, judge, rounds)
             await rounds.training.wait()
-            await asyncio.to_thread(first_pairs.pass_over, bus, MEMBER)
             newest = self._newest()
             if newest is not None:
                 await publishing.sampled_is(newest.id)

@@ -81,7 +81,7 @@ class CircleConfig:
         default_factory=lambda: TuningConfig(learning_rate=3e-4, epochs=2.0, batch_size=32)
     )
     reward_promotion: PromotionConfig = field(default_factory=PromotionConfig)
-    reward_learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(threads=1))
+    reward_learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(threads=1, niceness=0))
     ppo: PPOConfig = field(default_factory=_ppo)
     watch: WatchConfig = field(default_factory=WatchConfig)
     gate: GateConfig = field(default_factory=GateConfig)

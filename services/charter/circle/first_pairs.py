@@ -95,9 +95,10 @@ async def _labelled(
 
 
 def pass_over(bus: Bus, member: str) -> None:
-    """Moves the trainer's group behind the first pairs, so that the sampler is not paced by them."""
-    if any(p.topic == PREFERENCES and at for p, at in bus.positions(TRAINER).items()):
-        return
+    """Moves the trainer's group behind the first pairs, so that the sampler is not paced by them.
+
+    For the time before the trainer begins: it takes the member's place in the group.
+    """
     ends = {p: b.end for p, b in bus.bounds(PREFERENCES).items() if b.end > b.first}
     last = [record for p, end in ends.items() for record in bus.fetch(PREFERENCES, p, end - 1, 1)]
     with bus.consumer(TRAINER, [PREFERENCES], member) as consumer:

@@ -103,9 +103,9 @@ async def run(config: CircleConfig, places: Places, held: Held, tell: Tell) -> R
             case Kind.PHASE:
                 phase = news.values["phase"]
                 clock.begin(phase.value)
-                if phase is Phase.REVISING:
+                if phase is Phase.STARTING:
                     measure("seed", places.model)
-                elif phase is Phase.COMPARING:
+                elif phase in (Phase.COMPARING, Phase.REINFORCING) and "after_sl" not in measured:
                     tuned = next(m for m in registry.list() if m.facts.kind is CheckpointKind.SFT)
                     measure("after_sl", str(registry.resolve(tuned.id)))
             case Kind.STEP:
