@@ -30,7 +30,7 @@ def events(bus, topic="prompts", kind=events_pb2.PromptEvent):
 
 @pytest.fixture
 def bus(tmp_path):
-    with open_bus(f"sqlite:{tmp_path / 'bus.db'}") as opened:
+    with open_bus(f"sqlite:{tmp_path / 'bus.db'}?synchronous=normal") as opened:
         yield opened
 
 

@@ -12,7 +12,7 @@ from charter.v1 import events_pb2
 def test_a_change_of_status_is_announced_with_where_the_checkpoint_lies(registry, tmp_path):
     written = registry.write(Facts(Kind.RL, parent="sft-000000-abc", step=4), filler(1.0))
     change = registry.set_status(written.id, Status.REJECTED, "more harmful")
-    with open_bus(f"sqlite:{tmp_path / 'bus.db'}") as bus:
+    with open_bus(f"sqlite:{tmp_path / 'bus.db'}?synchronous=normal") as bus:
         bus.publish([announcement(written, registry.root, change)])
         [record] = bus.fetch("checkpoints", 0, 0)
     event = decode(record, events_pb2.CheckpointEvent)
@@ -22,7 +22,7 @@ def test_a_change_of_status_is_announced_with_where_the_checkpoint_lies(registry
 
 
 def test_steps_follow_the_topic_and_an_unknown_version_has_none(registry, tmp_path):
-    with open_bus(f"sqlite:{tmp_path / 'bus.db'}") as bus:
+    with open_bus(f"sqlite:{tmp_path / 'bus.db'}?synchronous=normal") as bus:
         steps = Steps(bus)
         assert steps.of("local seed") == 0
         for step in (3, 9):

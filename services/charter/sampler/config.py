@@ -22,6 +22,8 @@ class SamplerConfig:
     """Trainer versions that a rollout may be behind when it is trained on; 0 is synchronous."""
     batch_size: int = 32
     """Rollouts that one trainer version consumes; must be the trainer's."""
+    samplers: int = 1
+    """Samplers at work at once; each leaves room for a batch of every other."""
     seed: int = 0
     """Answers follow from it, the rollout's id and the weights."""
 
@@ -32,8 +34,10 @@ class SamplerConfig:
             )
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; learning needs answers drawn at random")
-        if self.max_tokens < 1 or self.max_staleness < 0 or self.batch_size < 1:
-            raise ConfigError(f"{self} cannot work: tokens and batch at least 1, staleness at least 0")
+        if min(self.max_tokens, self.batch_size, self.samplers) < 1 or self.max_staleness < 0:
+            raise ConfigError(
+                f"{self} cannot work: max_tokens, batch_size and samplers must be at least 1, max_staleness 0"
+            )
 
     def sampling(self, seed: int) -> Sampling:
         """Top-k off, top-p 1."""

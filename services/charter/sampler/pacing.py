@@ -1,7 +1,8 @@
 """How many rollouts are under way, and whether more may be begun: `charter.sampler.staleness`, on the bus.
 
 What the trainer has consumed is version · batch_size; so `accepted - version · batch_size` is just what
-waits at the judge and at the trainer, and the bus knows both.
+waits at the judge and at the trainer, and the bus knows both. Human labels in the same topic count until they
+are read, which only holds the sampler back for a moment.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class Pacer:
         self._bus = bus
         self._bound = StalenessBound(config.max_staleness, config.batch_size)
         self._labels_per_rollout = config.answers // 2
-        self._batch = min(batch, config.batch_size)
+        limit = (config.max_staleness + 1) * config.batch_size
+        # Several samplers may look at the same moment; with one, the bound is exact.
+        self._needed = min(batch * config.samplers, limit)
 
     def under_way(self) -> int:
         """Rollouts that are published and not yet trained on."""
@@ -32,4 +35,4 @@ class Pacer:
 
     def has_room(self) -> bool:
         """Whether a whole batch of rollouts may be begun. Asks the bus."""
-        return self._bound.capacity(version=0, accepted=self.under_way(), running=0) >= self._batch
+        return self._bound.capacity(version=0, accepted=self.under_way(), running=0) >= self._needed
