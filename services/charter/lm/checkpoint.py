@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+LOADING = threading.Lock()
+"""Held while transformers makes a model: it changes global state meanwhile, and two threads that load at once
+lose tied weights. Whoever calls `from_pretrained` of a model in a process with threads takes it."""
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -148,24 +152,25 @@ def _read_network(folder: Path, config: Any, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        network, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            attn_implementation="sdpa",
-        )
-    except Exception as e:
-        raise CheckpointError(f"{folder}: the weights cannot be loaded: {e}") from e
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
+    with LOADING:
+        bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        try:
+            network, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                attn_implementation="sdpa",
+            )
+        except Exception as e:
+            raise CheckpointError(f"{folder}: the weights cannot be loaded: {e}") from e
+        finally:
+            if bars:
+                hf_logging.enable_progress_bar()
     missing = sorted(report.get("missing_keys", ()))
     mismatched = sorted(str(m) for m in report.get("mismatched_keys", ()))
     if missing or mismatched:

@@ -12,6 +12,7 @@ from typing import Any
 
 from charter.errors import CheckpointError
 from charter.finetune.checkpoints import Vocabulary, quiet_loading
+from charter.lm.checkpoint import LOADING
 
 
 def is_reward_model(folder: Path) -> bool:
@@ -32,7 +33,7 @@ def load(folder: Path, vocabulary: Vocabulary, *, seed: int = 0) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with quiet_loading():  # a language model has no reward head, which is no news
+        with LOADING, quiet_loading():  # a language model has no reward head, which is no news
             network, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=1,

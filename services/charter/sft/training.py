@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from charter.errors import ConfigError
 from charter.finetune.checkpoints import Vocabulary
+from charter.lm.checkpoint import LOADING
 from charter.sft.config import SftConfig
 from charter.sft.examples import Mixture
 
@@ -73,13 +74,14 @@ def _trainer(
 
     from charter.finetune import run
 
-    model = AutoModelForCausalLM.from_pretrained(
-        vocabulary.folder,
-        dtype="float32",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(
+            vocabulary.folder,
+            dtype="float32",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     data = Dataset.from_dict(
         {
             "input_ids": [e.input_ids for e in mixture.examples],

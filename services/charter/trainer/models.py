@@ -11,7 +11,7 @@ import torch
 
 from charter.errors import CheckpointError, ConfigError
 from charter.finetune.config import LoraConfig
-from charter.lm.checkpoint import checkpoint_folder
+from charter.lm.checkpoint import LOADING, checkpoint_folder
 from charter.registry import Registry
 from charter.registry.registry import REWARD
 from charter.trainer.config import TrainerConfig
@@ -102,14 +102,15 @@ def _loaded(auto: Any, folder: Path, config: TrainerConfig, *, frozen: bool = Fa
     """Frozen weights may be stored in bfloat16; weights that learn stay in float32."""
     small = config.precision == "bfloat16" and (frozen or config.lora.rank)
     try:
-        return auto.from_pretrained(
-            folder,
-            dtype=torch.bfloat16 if small else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            **options,
-        )
+        with LOADING:
+            return auto.from_pretrained(
+                folder,
+                dtype=torch.bfloat16 if small else torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                **options,
+            )
     except Exception as error:
         raise CheckpointError(f"{folder}: the model cannot be loaded: {error}") from error
 
