@@ -410,7 +410,7 @@ def test_killing_a_worker_twenty_times_at_random_loses_and_doubles_nothing(log: 
     sent: dict[bytes, list[bytes]] = defaultdict(list)
     kills = 0
     process = None
-    while kills < 20:
+    while kills < 20:  # the number that the design asks for
         batch = []
         for _ in range(30):
             key = f"prompt-{dice.randrange(25)}".encode()
