@@ -153,6 +153,8 @@ class Circle:
         rounds = _Rounds()
         if self._newest() is None and self.registry.serving("reward") is None:
             self._phase(Phase.COMPARING)
+        elif self._newest() is None:  # killed before the first step: only the trainer may move on from here
+            await asyncio.to_thread(first_pairs.pass_over, bus, MEMBER)
 
         def told(news: dict[str, Any]) -> None:
             if "metrics" in news:
