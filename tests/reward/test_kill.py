@@ -54,6 +54,7 @@ class Child:
                 assert self.process.poll() is None, "the server ended by itself"
                 with suppress(BackendUnavailable):
                     async for news in stub.Train(reward_pb2.TrainRequest(follow_only=True)):
+                        assert news.state != "kept_old", news.message
                         if news.state in states and news.step >= step:
                             return
                 await asyncio.sleep(0.02)

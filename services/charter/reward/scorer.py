@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class Scorer:
         self._rule = rule
         self._batch_tokens = batch_tokens
         self._lock = threading.Lock()
+
+    def rename(self, version: str) -> None:
+        """Names the model, once it is registered."""
+        self.version = replace(self.version, version=version)
 
     def score(self, answers: Sequence[Answer], tokenizer_digest: str) -> list[float]:
         """The normalised score of each answer. Raises `RequestError` for what cannot be scored."""

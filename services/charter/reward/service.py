@@ -292,12 +292,14 @@ class RewardModel:
             raise CheckpointError(f"{self._models.target(job)} is gone; the round is done again")
         before = found.in_force.quality if found.in_force else None
         verdict = decide(found.candidate.quality, before, self._config.promotion)
+        scorer: Scorer | None = None
+        if verdict.promoted:  # it has to load before anything says that it is in force
+            made = self._models.candidate(job)
+            scorer = await asyncio.to_thread(open_scorer, made, self._config.rule, self._config.batch_tokens)
         await asyncio.to_thread(self._models.settle, found, verdict)
-        folder = self._models.model
-        if verdict.promoted and folder is not None:
-            self._scorer = await asyncio.to_thread(
-                open_scorer, folder, self._config.rule, self._config.batch_tokens
-            )
+        if scorer is not None:
+            scorer.rename(self.state.in_force)
+            self._scorer = scorer
         phase = Phase.IN_FORCE if verdict.promoted else Phase.KEPT_OLD
         self._metrics.rounds.labels(phase.value).inc()
         self._metrics.observe(self.state)

@@ -90,6 +90,10 @@ class ModelStore:
         write_whole(self.folder / "job.json", json.dumps(asdict(job)))
         self.job = job
 
+    def candidate(self, job: Job) -> Path:
+        """The model that the learner left."""
+        return self.target(job) / "model"
+
     def findings(self, job: Job) -> Findings | None:
         """What the learner found, once the round is whole."""
         file = self.target(job) / FINDINGS
@@ -141,7 +145,7 @@ class ModelStore:
             evaluation={**asdict(found.candidate.quality), "drift": found.candidate.drift},
             note=verdict.reason,
         )
-        return self.registry.write(facts, lambda into: _copy(self.target(found.job) / "model", into))
+        return self.registry.write(facts, lambda into: _copy(self.candidate(found.job), into))
 
     def give_up(self, job: Job, reason: str) -> None:
         """Ends a round that cannot be done; its labels are in the next round's window."""
