@@ -78,7 +78,8 @@ class Labeller:
                 f"rollout {rollout.rollout_id} has {len(rollout.answers)} answers, and a label needs two; "
                 "let the sampler ask for at least 2"
             )
-        labels = await asking.concurrently([self._label(rollout, pair) for pair in pairs(len(rollout.answers))])
+        asked = [self._label(rollout, pair) for pair in pairs(len(rollout.answers))]
+        labels = await asking.concurrently(asked)
         return [encode(PREFERENCES, rollout.prompt_id, label) for label in labels]
 
     async def _label(
