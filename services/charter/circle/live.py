@@ -126,6 +126,7 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._said = 0.0
+        self._reward = ""
 
     def on(self, news: News) -> None:
         """Takes news in."""
@@ -140,7 +141,8 @@ class _Lines:
                 if news.values["step"] % _STEP_EVERY == 0:
                     self._print(f"learning: {step_text(news.values)}")
             case Kind.REWARD:
-                if news.values["model"]:
+                if news.values["model"] != self._reward:
+                    self._reward = news.values["model"]
                     self._print(f"reward model: {reward_text(news.values)}")
             case Kind.GATE:
                 if news.values["status"] in _DECIDED:
