@@ -27,6 +27,7 @@ def test_what_was_written_is_read_back_with_its_facts(registry):
         judge_digest="j",
         labels=Labels(5, {"kind": 3, "calm": 2}, {"j": 5}, {"c": 5}, {"preferences/0": (8, 12)}),
         evaluation={"loss": 0.5},
+        needs=("reward-000001-0123456789",),
         note="for the test",
     )
     written = registry.write(facts, filler(1.0))
@@ -179,6 +180,32 @@ def test_the_history_keeps_its_order_when_the_clock_is_set_back(registry, monkey
     monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
     registry.set_status(b.id, Status.SERVING)
     assert registry.serving() == b
+
+
+def test_pruning_removes_weights_and_keeps_what_is_needed_and_every_manifest(registry):
+    seed = registry.write(Facts(Kind.SEED), filler(0))
+    sft = registry.write(Facts(Kind.SFT, parent=seed.id), filler(0.5))
+    made, parent = [], sft.id
+    for step in range(1, 9):
+        made.append(registry.write(Facts(Kind.RL, parent=parent, step=step), filler(step)))
+        parent = made[-1].id
+    registry.set_status(made[0].id, Status.SERVING)
+    registry.set_status(made[1].id, Status.CANDIDATE)
+    registry.set_status(made[2].id, Status.REJECTED)
+    registry.set_status(made[3].id, Status.SERVING)
+    gone = registry.prune(keep=2)
+    assert set(gone) == {made[i].id for i in (2, 4, 5)}
+    fresh = Registry(registry.root)
+    assert {m.id for m in fresh.list()} == {seed.id, sft.id, *(made[i].id for i in (0, 1, 3, 6, 7))}
+    assert [m.id for m in fresh.lineage(made[-1].id)] == [*(m.id for m in reversed(made)), sft.id, seed.id]
+    assert fresh.status(made[2].id).status is Status.REJECTED
+    with pytest.raises(CheckpointError, match="were pruned"):
+        fresh.resolve(made[2].id)
+    assert fresh.resolve(made[3].id).is_dir()
+    assert fresh.prune(keep=2) == ()
+    fresh.write(Facts(Kind.RL, parent=parent, step=9, needs=(made[6].id,)), filler(9))
+    assert fresh.prune(keep=1) == (made[0].id, made[7].id)
+    assert not list(Path(registry.root).glob(".partial-*"))
 
 
 _SMALL_DISK = """

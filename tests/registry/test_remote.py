@@ -47,6 +47,16 @@ def test_an_object_that_was_changed_is_not_given_out(root):
         registry.resolve(written.id)
 
 
+def test_a_pruned_checkpoint_leaves_its_manifest(root):
+    registry = Registry(root)
+    made = [registry.write(Facts(Kind.RL, step=i), filler(i)) for i in range(3)]
+    assert registry.prune(keep=1) == (made[0].id, made[1].id)
+    assert Registry(root).list() == (made[2],)
+    assert Registry(root).get(made[0].id) == made[0]
+    with pytest.raises(CheckpointError, match="were pruned"):
+        Registry(root).resolve(made[0].id)
+
+
 def test_an_address_that_nothing_knows_is_a_sentence():
     with pytest.raises(CheckpointError, match="cannot be opened"):
         Registry("nowhere://bucket/x")

@@ -126,9 +126,13 @@ class PublisherConfig:
     registered when nothing serves yet; empty: the first candidate waits until somebody promotes one."""
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    keep: int = 20
+    """Newest checkpoints, and newest that served, whose weights are kept; 0 keeps all. Manifests stay."""
     converge_s: float = 2.0
     """How often policy servers are asked whether they serve what is in force; one that restarted is told."""
 
     def __post_init__(self) -> None:
         if self.converge_s <= 0:
             raise ConfigError(f"publisher.converge_s is {self.converge_s}; give seconds above 0")
+        if self.keep < 0:
+            raise ConfigError(f"publisher.keep is {self.keep}; give 0 for all, or how many")

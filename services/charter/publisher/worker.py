@@ -163,6 +163,7 @@ class Publisher:
         bus_metrics: BusMetrics | None = None,
     ) -> None:
         self._config = config
+        self._registry = registry
         self._metrics = metrics
         self._arena = arena
         self._closing = [*policies, *learners, critic, judge]
@@ -246,6 +247,8 @@ class Publisher:
     async def _keep(self) -> None:
         while not self._stopping.is_set():
             try:
+                if self._config.keep:
+                    await asyncio.to_thread(self._registry.prune, self._config.keep)
                 await self.promoter.recover()
                 self._metrics.told.inc(await self.promoter.converge())
                 self._metrics.told.inc(await self._follower.converge())

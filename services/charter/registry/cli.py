@@ -101,6 +101,18 @@ def diff(old: _Id, new: _Id, registry: Root = DEFAULT_ROOT) -> None:
         console.print(f"The same in both: {', '.join(sorted(same))}", highlight=False)
 
 
+@app.command()
+def prune(
+    keep: Annotated[
+        int, typer.Option(min=1, help="Newest checkpoints, and newest that served, to keep.")
+    ] = 20,
+    registry: Root = DEFAULT_ROOT,
+) -> None:
+    """Removes the weights of old checkpoints; their manifests stay, and so do the lineages."""
+    gone = _open(registry).prune(keep)
+    _console().print(f"{len(gone)} checkpoints pruned.", *gone, sep="\n", highlight=False)
+
+
 def find(registry: Registry, name: str) -> Manifest:
     """The checkpoint that a person means: an id, a unique beginning of one, or `serving`.
 

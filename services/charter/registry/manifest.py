@@ -87,6 +87,8 @@ class Facts:
     labels: Labels = field(default_factory=Labels)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """Results known when it was written; later ones stand in the status history."""
+    needs: tuple[str, ...] = ()
+    """Other checkpoints whose weights are read when training goes on from this one; they are not pruned."""
     note: str = ""
     """One sentence for people."""
 
@@ -191,6 +193,7 @@ def _facts(record: Mapping[str, Any]) -> Facts:
             positions={str(k): (int(a), int(b)) for k, (a, b) in labels["positions"].items()},
         ),
         evaluation=dict(record["evaluation"]),
+        needs=tuple(checked_id(name) for name in record.get("needs", ())),
         note=str(record["note"]),
     )
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from charter.errors import CheckpointError
 from charter.registry.manifest import MANIFEST, Facts, Kind, Manifest, checked_id, describe, digest_of
-from charter.registry.status import Change, Status, current, entry_name, serving
+from charter.registry.pruning import expendable
+from charter.registry.status import POLICY, REWARD, Change, Status, current, entry_name, serving
 from charter.registry.storage import Storage, open_storage
+
+__all__ = ["POLICY", "REWARD", "Fill", "Registry", "verify"]
 
 Fill = Callable[[Path], None]
 """Writes a checkpoint's files into an empty folder."""
-
-POLICY, REWARD = "policy", "reward"
 
 
 class Registry:
@@ -62,8 +63,8 @@ class Registry:
         return self.get(name)
 
     def get(self, checkpoint_id: str) -> Manifest:
-        """The manifest. Raises `CheckpointError` where there is none."""
-        found = self._find(checked_id(checkpoint_id))
+        """The manifest, also of one that was pruned. Raises `CheckpointError` where there is none."""
+        found = self._find(checked_id(checkpoint_id)) or self._find_pruned(checkpoint_id)
         if found is None:
             raise CheckpointError(
                 f"the registry {self.root} has no checkpoint {checkpoint_id!r}; "
@@ -83,7 +84,7 @@ class Registry:
         """The checkpoint, its parent, and so on up to the first, or to one that is here no more."""
         chain = [self.get(checkpoint_id)]
         while parent := chain[-1].facts.parent:
-            found = self._find(parent)
+            found = self._find(parent) or self._find_pruned(parent)
             if found is None:
                 break
             if any(m.id == parent for m in chain):
@@ -94,11 +95,29 @@ class Registry:
     def resolve(self, checkpoint_id: str) -> Path:
         """A local folder with the checkpoint, checked against its digests. Raises `CheckpointError`."""
         manifest = self.get(checkpoint_id)
+        if self._storage.manifest(checkpoint_id) is None:
+            raise CheckpointError(
+                f"the files of {checkpoint_id} were pruned from {self.root}; only its manifest is left; use "
+                "another checkpoint (`charter checkpoints list`)"
+            )
         folder = self._storage.fetch(manifest.id, manifest.digest)
         if manifest.id not in self._verified:
             verify(folder, manifest)
             self._verified.add(manifest.id)
         return folder
+
+    def prune(self, keep: int) -> tuple[str, ...]:
+        """Removes the files of old checkpoints (see `charter.registry.pruning`); returns their ids.
+
+        Their manifests and history stay, so that lineages can be walked.
+        """
+        if keep < 1:
+            raise CheckpointError(f"prune was told to keep {keep} checkpoints; keep at least 1")
+        gone = tuple(expendable(self.list(), self.history(), keep))
+        for name in gone:
+            self._storage.prune(name)
+            self._manifests.pop(name, None)
+        return gone
 
     # What became of them ----------------------------------------------------------------------------------
 
@@ -147,6 +166,11 @@ class Registry:
         """The policy that is in force, or the reward model with `REWARD`; None before the first."""
         name = serving(self.history(), family)
         return None if name is None else self.get(name)
+
+    def _find_pruned(self, checkpoint_id: str) -> Manifest | None:
+        text = self._storage.pruned(checkpoint_id)
+        where = f"{self.root}/.pruned/{checkpoint_id}.json"
+        return None if text is None else Manifest.from_json(text, where)
 
     def _find(self, checkpoint_id: str) -> Manifest | None:
         if checkpoint_id not in self._manifests:

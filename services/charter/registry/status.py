@@ -17,6 +17,9 @@ from typing import Any
 from charter.errors import CheckpointError
 from charter.registry.manifest import checked_id
 
+POLICY, REWARD = "policy", "reward"
+"""The two families of checkpoints; in each, one serves."""
+
 
 class Status(enum.StrEnum):
     """What became of a checkpoint."""
@@ -45,8 +48,8 @@ class Change:
     status: Status
     reason: str
     at_unix_ms: int
-    family: str = "policy"
-    """`policy` or `reward`: a reward model in force does not retire a policy."""
+    family: str = POLICY
+    """A reward model in force does not retire a policy."""
     measurements: Mapping[str, Any] = field(default_factory=dict)
     """What the decision rested on."""
 

@@ -5,6 +5,7 @@ flushed, and renamed. Where there is no rename, the manifest is written last, an
 checkpoint.
 
     <root>/<id>/…            the checkpoint, with manifest.json
+    <root>/.pruned/…         manifests of checkpoints whose files were removed
     <root>/.history/…        what became of the checkpoints (see `charter.registry.status`)
     <root>/.partial-…        being written, or left over from a writer that was killed
 """
@@ -25,6 +26,7 @@ from charter.errors import CheckpointError
 from charter.registry.manifest import MANIFEST
 
 HISTORY = ".history"
+PRUNED = ".pruned"
 _PARTIAL = ".partial-"
 
 
@@ -54,6 +56,14 @@ class Storage(Protocol):
 
     def fetch(self, checkpoint_id: str, digest: str) -> Path:
         """A local folder with the checkpoint's files."""
+        ...
+
+    def prune(self, checkpoint_id: str) -> None:
+        """Removes the files; from then on `pruned` has the manifest and `manifest` has none."""
+        ...
+
+    def pruned(self, checkpoint_id: str) -> bytes | None:
+        """The manifest of a checkpoint that was pruned."""
         ...
 
     def entries(self) -> list[str]:
@@ -134,6 +144,21 @@ class LocalStorage:
         """The folder itself."""
         return self._folder / checkpoint_id
 
+    def prune(self, checkpoint_id: str) -> None:
+        """The manifest is copied first; then one rename takes the checkpoint away."""
+        text = self.manifest(checkpoint_id)
+        if text is not None:
+            self._write_whole(self._folder / PRUNED / f"{checkpoint_id}.json", text)
+            with self.staging() as folder:
+                (self._folder / checkpoint_id).rename(folder / checkpoint_id)
+
+    def pruned(self, checkpoint_id: str) -> bytes | None:
+        """From its file."""
+        try:
+            return (self._folder / PRUNED / f"{checkpoint_id}.json").read_bytes()
+        except FileNotFoundError:
+            return None
+
     def entries(self) -> list[str]:
         """The files of the history."""
         folder = self._folder / HISTORY
@@ -145,17 +170,19 @@ class LocalStorage:
 
     def add_entry(self, name: str, content: bytes) -> None:
         """Written beside its place, flushed, renamed."""
-        folder = self._folder / HISTORY
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}"
+        self._write_whole(self._folder / HISTORY / name, content)
+
+    def _write_whole(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
         try:
             partial.write_bytes(content)
             _flush(partial)
-            partial.rename(folder / name)
+            partial.rename(path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        _flush(folder)
+        _flush(path.parent)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -245,6 +272,22 @@ class RemoteStorage:
                 self._files.get(f"{self._base}/{checkpoint_id}/", f"{folder}/", recursive=True)
                 kept.publish(folder, checkpoint_id)
         return kept.fetch(checkpoint_id, digest)
+
+    def prune(self, checkpoint_id: str) -> None:
+        """The manifest is copied first and removed second; without it there is no checkpoint."""
+        text = self.manifest(checkpoint_id)
+        if text is not None:
+            self._files.makedirs(f"{self._base}/{PRUNED}", exist_ok=True)
+            self._files.pipe_file(f"{self._base}/{PRUNED}/{checkpoint_id}.json", text)
+            self._files.rm_file(f"{self._base}/{checkpoint_id}/{MANIFEST}")
+            self._files.rm(f"{self._base}/{checkpoint_id}", recursive=True)
+
+    def pruned(self, checkpoint_id: str) -> bytes | None:
+        """From its file."""
+        try:
+            return bytes(self._files.cat_file(f"{self._base}/{PRUNED}/{checkpoint_id}.json"))
+        except FileNotFoundError:
+            return None
 
     def entries(self) -> list[str]:
         """The files of the history."""

@@ -137,6 +137,7 @@ class Trainer:
                 },
             ),
             evaluation=evaluation or {},
+            needs=tuple(s for s in (self._origin.policy, self._origin.value) if s and self._known(s)),
         )
         manifest = self.registry.write(facts, self._fill)
         if self.registry.status(manifest.id) is None:
