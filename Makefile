@@ -77,7 +77,7 @@ lock: .tools/bin/uv ## requirements.lock anew from pyproject.toml
 
 node_modules/.bin/buf: package.json package-lock.json
 	@command -v npm >/dev/null || { echo "make lint needs npm for buf; on Debian: apt-get install npm"; exit 1; }
-	@npm ci --silent --ignore-scripts && touch $@
+	@npm install --silent --no-save --ignore-scripts && touch $@
 
 .PHONY: protos
 protos: $(STAMP) ## services/charter/v1 anew from protos/

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from charter.errors import ConfigError
 
@@ -267,6 +267,12 @@ def _items(node: _Node, path: str) -> list[_Node]:
     if isinstance(node.value, list | tuple):
         return [item if isinstance(item, _Node) else _Node(item, node.origin) for item in node.value]
     if isinstance(node.value, str) and node.origin.startswith(("$", "option")):
+        if node.value.lstrip().startswith("["):  # as in the file; else items between commas
+            try:
+                listed = YAML(typ="safe").load(node.value)
+            except YAMLError:
+                raise _wrong(node, path, "a list") from None
+            return [_Node(item, node.origin) for item in listed]
         return [_Node(part.strip(), node.origin) for part in node.value.split(",") if part.strip()]
     raise _wrong(node, path, "a list")
 
