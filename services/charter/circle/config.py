@@ -74,9 +74,12 @@ class CircleConfig:
     )
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     judging: Judging = field(default_factory=Judging)
-    reward_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(first=768, every=480))
+    reward_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(first=768, every=256))
     """When the reward model is made and renewed; the first round waits for `first_pairs`."""
-    reward_window: WindowConfig = field(default_factory=WindowConfig)
+    reward_window: WindowConfig = field(default_factory=lambda: WindowConfig(newest=512, replay=384))
+    reward_from_feedback: bool = True
+    """The first reward model starts from the frozen model that gives feedback, which knows the principles,
+    where its weights are on this machine; otherwise, and with False, from SL-CAI."""
     reward_tuning: TuningConfig = field(
         default_factory=lambda: TuningConfig(learning_rate=3e-4, epochs=2.0, batch_size=32)
     )

@@ -1,5 +1,10 @@
 """Pairs of SL-CAI's answers for the first reward model, labelled by the judge.
 
+Answers of one policy to a prompt are much alike, and a reward model that never saw a harmless request refused
+may well score a refusal highly: nothing but comparisons fixes its scores. So in every third pair one answer
+begins with the first words of the policy's answer to *another* prompt, which makes it a refusal where the
+policy would help, and help where it would refuse. The judge labels these pairs like all others.
+
 They go to the topic `preferences` with a header that addresses them to the reward model's group: the trainer
 passes over them, since by the time that it begins they would be far staler than its bound.
 """
@@ -17,17 +22,20 @@ from charter.bus.messages import encode
 from charter.bus.topics import PREFERENCES
 from charter.circle.config import CircleConfig
 from charter.feedback.asking import derived_seed
-from charter.judge.worker import pairs, preference
-from charter.lm.base import LanguageModel, Prompt
+from charter.judge.worker import preference
+from charter.lm.base import FinishReason, LanguageModel, Prompt, Sampling
 from charter.redteam.prompts import RedTeamPrompt
 from charter.reward.config import RewardConfig
 from charter.rpc import convert
 from charter.rpc.clients import JudgeClient
 from charter.sampler import service
 from charter.trainer.labels import GROUP as TRAINER
-from charter.v1 import events_pb2
+from charter.v1 import events_pb2, types_pb2
 
 _CHUNK = 32
+_EVERY = 3
+"""One pair in so many has an answer with another's opening."""
+_OPENING_WORDS = 4
 
 
 async def label(
@@ -43,10 +51,11 @@ async def label(
     gate = asyncio.Semaphore(config.concurrency)
     made: asyncio.Queue[Outgoing] = asyncio.Queue()
 
-    async def one(prompt: RedTeamPrompt) -> None:
+    async def one(number: int) -> None:
+        prompt, neighbour = prompts[number], prompts[(number + 1) % len(prompts)]
         async with gate:
-            for message in await _labelled(policy, judge, prompt, config):
-                made.put_nowait(message)
+            other = neighbour if number % _EVERY == _EVERY - 1 else None
+            made.put_nowait(await _labelled(policy, judge, prompt, other, config))
 
     async def publish() -> None:
         count, batch = done, []
@@ -60,38 +69,62 @@ async def label(
 
     async with asyncio.TaskGroup() as group:
         group.create_task(publish())
-        for prompt in prompts[done:]:
-            group.create_task(one(prompt))
+        for number in range(done, len(prompts)):
+            group.create_task(one(number))
 
 
 async def _labelled(
-    policy: LanguageModel, judge: JudgeClient, prompt: RedTeamPrompt, config: CircleConfig
-) -> list[Outgoing]:
+    policy: LanguageModel,
+    judge: JudgeClient,
+    prompt: RedTeamPrompt,
+    other: RedTeamPrompt | None,
+    config: CircleConfig,
+) -> Outgoing:
+    name = f"first/{prompt.prompt_id}"
+    rollout = await _rollout(policy, prompt, name, config)
+    if other is not None and rollout.answers[0].finish_reason == types_pb2.FINISH_REASON_STOP:
+        opened = await _with_opening_of(
+            policy, prompt, other, config.sampler.sampling(derived_seed(config.seed, name, 1))
+        )
+        if opened:
+            # Its log-probs would be of no use, and its tokens are known by its text.
+            rollout.prompt_token_ids.clear()
+            rollout.answers[1].CopyFrom(types_pb2.Completion(text=opened))
+    compared = await judge.compare(
+        prompt.conversation,
+        rollout.answers[0].text,
+        rollout.answers[1].text,
+        seed=derived_seed(config.seed, name),
+    )
+    now = int(time.time() * 1000)
+    message = encode(PREFERENCES, prompt.prompt_id, preference(rollout, (0, 1), compared, now))
+    return replace(message, headers={**message.headers, REPLAY_GROUP_HEADER: RewardConfig().group.encode()})
+
+
+async def _rollout(
+    policy: LanguageModel, prompt: RedTeamPrompt, name: str, config: CircleConfig
+) -> events_pb2.RolloutEvent:
+    now = int(time.time() * 1000)
     event = events_pb2.PromptEvent(
         prompt_id=prompt.prompt_id,
         conversation=convert.messages_to_proto(prompt.conversation),
-        source=events_pb2.PROMPT_SOURCE_RED_TEAM,
-        created_unix_ms=int(time.time() * 1000),
+        created_unix_ms=now,
     )
-    name = f"first/{prompt.prompt_id}"
     sampling = config.sampler.sampling(derived_seed(config.seed, name))
     samples = await policy.generate(Prompt(prompt.conversation), sampling, 2)
-    now = int(time.time() * 1000)
-    rollout = service.rollout(
+    return service.rollout(
         event, name, samples, temperature=config.sampler.temperature, policy_step=0, now_ms=now
     )
-    found = []
-    for a, b in pairs(len(rollout.answers)):
-        compared = await judge.compare(
-            prompt.conversation,
-            rollout.answers[a].text,
-            rollout.answers[b].text,
-            seed=derived_seed(config.seed, name, a, b),
-        )
-        message = encode(PREFERENCES, prompt.prompt_id, preference(rollout, (a, b), compared, now))
-        headers = {**message.headers, REPLAY_GROUP_HEADER: RewardConfig().group.encode()}
-        found.append(replace(message, headers=headers))
-    return found
+
+
+async def _with_opening_of(
+    policy: LanguageModel, prompt: RedTeamPrompt, other: RedTeamPrompt, sampling: Sampling
+) -> str:
+    """An answer to `prompt` that begins as the one to `other` does; empty where it comes to no end."""
+    donor = (await policy.generate(Prompt(other.conversation), sampling)).completions[0]
+    opening = " ".join(donor.text.split()[:_OPENING_WORDS])
+    rest = (await policy.generate(Prompt(prompt.conversation, prefill=opening), sampling)).completions[0]
+    return opening + rest.text if rest.finish_reason is FinishReason.STOP else ""
 
 
 def pass_over(bus: Bus, member: str) -> None:

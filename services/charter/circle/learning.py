@@ -109,7 +109,9 @@ async def _reinforce(
     from charter.registry import Registry
     from charter.reward import server
 
-    init = Registry(places.registry).resolve(policy)
+    init = str(Registry(places.registry).resolve(policy))
+    if config.reward_from_feedback and places.feedback_model.startswith("local:"):
+        init = places.feedback_model
     running = await server.serve(_reward_config(config, places, init), CollectorRegistry())
     watching = asyncio.create_task(_tell_reward(running.target, tell))
     try:
@@ -123,12 +125,12 @@ async def _reinforce(
         await running.drain()
 
 
-def _reward_config(config: CircleConfig, places: Places, init: Path) -> Any:
+def _reward_config(config: CircleConfig, places: Places, init: str) -> Any:
     from charter.reward.config import RewardConfig
     from charter.rpc import ServerConfig
 
     return RewardConfig(
-        init=str(init),
+        init=init,
         folder=places.state / "reward",
         registry=str(places.registry),
         bus=places.bus,
