@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from charter.critic.config import Writing
 from charter.errors import ConfigError
 from charter.finetune.config import TuningConfig
 from charter.judge.config import Judging
@@ -37,11 +38,11 @@ def _ppo() -> PPOConfig:
 class CircleConfig:
     """Everything that the learning half can be told; the defaults suit the seed model on two cores."""
 
-    revisions: int = 1200
+    revisions: int = 1000
     """Prompts whose answers are revised, red-team and helpful ones in proportion to `red_team_share`."""
     red_team_share: float = 0.5
     """Share of red-team prompts among those that are revised, and among those of the first pairs."""
-    first_pairs: int = 768
+    first_pairs: int = 640
     """Pairs of SL-CAI's answers that the first reward model learns from."""
     steps: int = 0
     """PPO steps of the lineage; 0: without end."""
@@ -67,6 +68,10 @@ class CircleConfig:
     redteam: RedTeamConfig = field(
         default_factory=lambda: RedTeamConfig(rounds=1, max_tokens=96, concurrency=64)
     )
+    writing: Writing = field(
+        default_factory=lambda: Writing(temperature=1.0, critique_tokens=96, revision_tokens=96)
+    )
+    """How the circle's own critic writes. At 1 some revisions fail, which leaves something for PPO to do."""
     sft: SftConfig = field(
         default_factory=lambda: SftConfig(
             own=OwnAnswers(max_tokens=96), tuning=TuningConfig(learning_rate=4e-4)
@@ -74,7 +79,7 @@ class CircleConfig:
     )
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     judging: Judging = field(default_factory=Judging)
-    reward_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(first=768, every=256))
+    reward_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(first=640, every=256))
     """When the reward model is made and renewed; the first round waits for `first_pairs`."""
     reward_window: WindowConfig = field(default_factory=lambda: WindowConfig(newest=512, replay=384))
     reward_from_feedback: bool = True

@@ -78,7 +78,12 @@ async def start(config: CircleConfig, places: Places, stack: contextlib.AsyncExi
     sampled = await sampling(samples)
     serving = places.policies or (await sampling(serves),)
     criticising = await critic.serve(
-        CriticConfig(model=places.feedback_model, constitution=places.constitution, server=_server()),
+        CriticConfig(
+            model=places.feedback_model,
+            constitution=places.constitution,
+            writing=config.writing,
+            server=_server(),
+        ),
         CollectorRegistry(),
         open_model=shared.open,
     )
