@@ -29,7 +29,8 @@ class Share:
         n, p, z2 = self.count, self.value, _Z95**2
         centre = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-        return max(centre - half, 0.0), min(centre + half, 1.0)
+        # At 0 and 1 the bounds meet the share but for rounding.
+        return max(min(centre - half, p), 0.0), min(max(centre + half, p), 1.0)
 
     def as_record(self) -> dict[str, float]:
         """For JSON."""
