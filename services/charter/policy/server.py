@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from charter import rpc
 from charter.errors import RequestError
 from charter.lm.base import Chunk, LanguageModel, ModelVersion, Prompt
+from charter.lm.sampling import check_sampling
 from charter.policy.config import PolicyConfig
 from charter.policy.locate import locate
 from charter.policy.service import ModelInService
@@ -61,7 +62,7 @@ class PolicyServicer(PolicyServiceServicer):
         self._metrics = metrics
         self._open_model = open_model
         self._defaults = config.defaults.sampling()
-        convert.check_sampling(self._defaults)
+        check_sampling(self._defaults)
         metrics.running.set_function(lambda: service.load().running)
         metrics.waiting.set_function(lambda: service.load().waiting)
         metrics.served("policy", service.info.model.version, service.info.model.digest)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from charter.errors import RequestError
 from charter.lm import base
+from charter.lm.sampling import check_sampling
 from charter.v1 import types_pb2
 
 _ROLE_TO = {
@@ -21,7 +21,6 @@ _REASON_TO = {
     base.FinishReason.CANCELLED: types_pb2.FINISH_REASON_CANCELLED,
 }
 _REASON_FROM = {proto: reason for reason, proto in _REASON_TO.items()}
-MAX_TOP_LOGPROBS = 20
 
 
 def message_to_proto(message: base.ChatMessage) -> types_pb2.ChatMessage:
@@ -78,26 +77,6 @@ def sampling_from_proto(sampling: types_pb2.Sampling, defaults: base.Sampling | 
 def _exact(value: float) -> float:
     # 0.7 comes off the wire as 0.699999988 (float32): the decimal that was meant has at most 7 digits.
     return float(f"{value:.7g}")
-
-
-def check_sampling(sampling: base.Sampling) -> None:
-    """Raises `RequestError` for a value that means nothing, with what it may be."""
-    rules = (
-        ("temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "0 or more"),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (off) or more"),
-        ("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1"),
-        ("stop", sampling.stop, all(sampling.stop), "texts that are not empty"),
-        (
-            "top_logprobs",
-            sampling.top_logprobs,
-            0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS,
-            f"0 to {MAX_TOP_LOGPROBS}",
-        ),
-    )
-    for name, value, fine, allowed in rules:
-        if not fine:
-            raise RequestError(f"sampling.{name} is {value}; give {allowed}")
 
 
 def version_to_proto(version: base.ModelVersion) -> types_pb2.ModelVersion:
