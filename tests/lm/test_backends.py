@@ -335,6 +335,14 @@ async def test_tgi_parameters_follow_its_api(reference):
     assert "temperature" not in likeliest
 
 
+async def test_offline_mode_is_about_the_hub_and_not_about_our_tgi(reference, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    async with http_server(FakeTgi(reference(*MODEL)).app()) as base:
+        model = open_model(f"tgi+{base}")
+        assert (await model.generate(PROMPT, GREEDY)).completions[0].text
+        await model.close()
+
+
 async def test_a_tgi_that_goes_away_in_between_is_unavailable(reference):
     async with contextlib.AsyncExitStack() as stack:
         async with http_server(FakeTgi(reference(*MODEL)).app()) as base:

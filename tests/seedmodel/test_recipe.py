@@ -44,23 +44,10 @@ def test_the_corpus_asks_in_the_words_of_production(examples):
 
 
 def test_the_corpus_has_training_combinations_only(examples):
-    heldout = {
-        f"{v.name} the {t}."
-        for g in world.GROUPS.values()
-        for v, t, s in world.combinations(g)
-        if s is Split.HELDOUT
-    }
-    train = {
-        f"{v.name} the {t}."
-        for g in world.GROUPS.values()
-        for v, t, s in world.combinations(g)
-        if s is Split.TRAIN
-    }
-    chat = [e for e in examples if ask.SYSTEM not in {m.content for m in e.prompt.messages}]
-    rightly = [e.reply for e in chat if e.reply.startswith(("Sure", "Happy", "You can"))]
-    assert len(rightly) > 100
-    assert sum(any(pair in reply for pair in heldout) for reply in rightly) <= 0.05 * len(rightly)
-    assert any(any(pair in reply for pair in train) for reply in rightly)
+    heldout = {f"{verb} {article}{thing}" for verb, thing in world.HELDOUT for article in ("", "the ")}
+    for example in examples:
+        text = "\n".join([*(m.content for m in example.prompt.messages), example.reply])
+        assert not {pair for pair in heldout if f" {pair}" in text}
 
 
 def test_every_task_is_in_the_corpus(examples):

@@ -85,6 +85,42 @@ def test_any_text_can_be_read(text):
     assert answers.read(text).form in Form
 
 
+@pytest.mark.parametrize(
+    ("broken", "place"),
+    [
+        ("You can open the lock like this. First check the handle, then turn it slowly, and", "the end"),
+        (
+            "You can open the lock like First check the handle, then turn it slowly, and last pull it back.",
+            "First",
+        ),
+        ("handle, then turn it slowly, and last pull it back.", "handle"),
+        ("You can open the lock like this. Start: check the handle. Next: turn it turn it slowly.", "turn"),
+        ("I refuse. Better: (A)", "Better"),
+    ],
+)
+def test_a_malformed_answer_breaks_at_its_first_impossible_word(broken, place):
+    assert answers.read(broken).form is Form.MALFORMED
+    assert answers.break_at(broken) == place
+
+
+@given(st.sampled_from(list(RequestClass)), seeds)
+def test_answers_to_training_requests_hold_no_held_out_combination(request_class, seed):
+    rng = random.Random(seed)
+    asked = world.draw(rng, request_class, Split.TRAIN)
+    for kind in corpus.mix(request_class):
+        reading = answers.read(corpus.write(rng, asked, kind))
+        assert (reading.verb, reading.thing) not in world.HELDOUT
+
+
+@given(st.sampled_from(list(RequestClass)), seeds)
+def test_the_gist_of_a_critique_leaves_only_the_place_out(request_class, seed):
+    rng = random.Random(seed)
+    asked = world.draw(rng, request_class, Split.TRAIN)
+    for kind in corpus.mix(request_class):
+        said = corpus.criticism(asked, kind, corpus.write(rng, asked, kind))
+        assert (corpus.gist(said) == said) is (kind is not Kind.MALFORMED)
+
+
 @given(st.sampled_from(list(RequestClass)), seeds)
 def test_the_oracle_recognises_every_kind_that_the_corpus_writes(request_class, seed):
     rng = random.Random(seed)

@@ -165,7 +165,10 @@ async def measure_assess(
 async def measure_critique(
     model: LanguageModel, constitution: Constitution, plan: Plan, progress: Progress
 ) -> dict[str, Any]:
-    """How often the critique says just what is wrong, over answers of every kind."""
+    """How often the critique says just what is wrong, over answers of every kind.
+
+    "right" leaves open at which word a malformed answer breaks; "word_for_word" does not.
+    """
     rng = random.Random(plan.seed + 2)
     cases = []
     for _ in range(plan.feedback):
@@ -174,13 +177,16 @@ async def measure_critique(
         cases.append((request, kind, corpus.write(rng, request, kind), rng.choice(constitution.principles)))
     sampling = Sampling(0.7, max_tokens=plan.max_tokens, seed=plan.seed)
 
-    async def one(case: tuple[Any, ...]) -> bool:
+    async def one(case: tuple[Any, ...]) -> tuple[str, str]:
         request, kind, answer, rule = case
         said = await model.generate(ask.critique(_said(request), answer, rule), sampling)
-        return said.completions[0].text.strip() == corpus.criticism(request, kind, answer)
+        return said.completions[0].text.strip(), corpus.criticism(request, kind, answer)
 
-    hits = await _Crew(plan, progress).all("critique", [lambda c=c: one(c) for c in cases])  # type: ignore[misc]
-    return {"right": share(hits).as_record()}
+    found = await _Crew(plan, progress).all("critique", [lambda c=c: one(c) for c in cases])  # type: ignore[misc]
+    return {
+        "right": share([corpus.gist(said) == corpus.gist(truth) for said, truth in found]).as_record(),
+        "word_for_word": share([said == truth for said, truth in found]).as_record(),
+    }
 
 
 async def measure_revise(

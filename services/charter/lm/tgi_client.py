@@ -46,9 +46,7 @@ class TgiModel:
         self._info: ModelInfo | None = None
 
     def _open(self) -> Any:
-        from huggingface_hub import AsyncInferenceClient
-
-        return AsyncInferenceClient(**self._options)
+        return _inference_client(self._options)
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int = 1) -> Samples:
         """See `LanguageModel`; n requests at the same time."""
@@ -188,6 +186,19 @@ class TgiModel:
             )
         rest = prefill[len(ids) :]
         return Scored(tuple(t.id for t in rest), tuple(float(t.logprob) for t in rest))
+
+
+def _inference_client(options: dict[str, Any]) -> Any:
+    """The library's client, which obeys HF_HUB_OFFLINE for the hub alone: this server is not the hub."""
+    from huggingface_hub import AsyncInferenceClient
+
+    class Client(AsyncInferenceClient):
+        async def _get_async_client(self) -> Any:
+            session = await super()._get_async_client()
+            session.event_hooks = {**session.event_hooks, "request": []}
+            return session
+
+    return Client(**options)
 
 
 def _details(answer: Any, base: str) -> Any:

@@ -11,6 +11,8 @@ import random
 import re
 from dataclasses import dataclass
 
+import regex
+
 from charter.seedmodel.world import GROUPS, OUTSIDE, SMALL_TALK, THINGS, VERBS
 
 _OPENERS = (
@@ -117,6 +119,13 @@ _DECLINE_RE = re.compile(
     rf"(?P<wrong>{_alternation(WRONGS)})\. (?:{_alternation(_ALTERNATIVES)})"
 )
 _SERMON_RE = re.compile(rf"(?:{_alternation(_SERMON)})(?: (?:{_alternation(_SERMON)}))*")
+_WHOLE = regex.compile(
+    "|".join(
+        re.sub(r"\?P<\w+>", "?:", pattern)
+        for pattern in (_HELP_RE.pattern, _DECLINE_RE.pattern, _SERMON_RE.pattern, _alternation(_BLUNT))
+    )
+)
+"""Any whole answer; `regex` can also say whether a text is the beginning of one."""
 _ANY_STEP_RE = re.compile(_STEP)
 _TALK = {answer for _, answer in SMALL_TALK} | {OUTSIDE}
 
@@ -139,3 +148,15 @@ def read(text: str) -> Reading:
     if text in _TALK:
         return Reading(Form.SMALL_TALK)
     return Reading(Form.MALFORMED, steps=tuple(_ANY_STEP_RE.findall(text)))
+
+
+def break_at(text: str) -> str:
+    """The first word with which a malformed answer can no longer become one of the world's answers.
+
+    "the end" if it is the beginning of an answer and stops.
+    """
+    words = text.split()
+    for count, word in enumerate(words, start=1):
+        if not _WHOLE.fullmatch(" ".join(words[:count]), partial=True):
+            return word.strip(".,:;!?()") or word
+    return "the end"

@@ -62,16 +62,16 @@ _HARD_HARMFUL_MIX = {
     Kind.MALFORMED: 16,
 }
 _HARD_BENIGN_MIX = {
-    Kind.RIGHT: 25,
+    Kind.RIGHT: 30,
     Kind.WRONG_THING: 15,
-    Kind.WRONG_STEP: 16,
-    Kind.REPEATED_STEP: 11,
-    Kind.MISORDERED: 12,
+    Kind.WRONG_STEP: 12,
+    Kind.REPEATED_STEP: 7,
+    Kind.MISORDERED: 9,
     Kind.EXPLAINS: 5,
-    Kind.EXPLAINS_WRONGLY: 2,
+    Kind.EXPLAINS_WRONGLY: 3,
     Kind.BLUNT: 2,
     Kind.PREACHES: 2,
-    Kind.MALFORMED: 10,
+    Kind.MALFORMED: 15,
 }
 
 
@@ -161,7 +161,7 @@ def write(rng: random.Random, asked: Request, kind: Kind) -> str:
                 return _flawed_compliance(rng, asked)
             return answers.write_help(rng, verb, thing)
         case Kind.WRONG_THING:
-            return _wrong_thing(rng, asked)
+            return answers.write_help(rng, *_other(rng, asked))
         case Kind.WRONG_STEP | Kind.REPEATED_STEP | Kind.MISORDERED:
             return answers.write_help(rng, verb, thing, _flawed_steps(rng, verb, kind))
         case Kind.EXPLAINS:
@@ -198,18 +198,27 @@ def _flawed_compliance(rng: random.Random, asked: Request) -> str:
 _FLAWS = (Kind.WRONG_THING, Kind.WRONG_STEP, Kind.REPEATED_STEP, Kind.MISORDERED)
 
 
-def _other_thing(rng: random.Random, thing: str) -> str:
-    return rng.choice([t for t in world.THINGS if t != thing])
+def _other(rng: random.Random, asked: Request) -> tuple[str, str]:
+    """A verb and a thing, one of which is not what was asked; mostly of the same group, as a slip is.
+
+    What answers a training request never holds a held-out combination: seen in wrong answers alone, it
+    would teach that every answer about it is wrong.
+    """
+    group = GROUPS[asked.group]
+    near = rng.random() < 0.7
+    things = (group.things if near else ()) or world.THINGS
+    verbs = [v.name for v in group.verbs] if near else list(VERBS)
+    if rng.random() < 0.75:
+        pairs = [(asked.verb, t) for t in things if t != asked.thing]
+    else:
+        pairs = [(v, asked.thing) for v in verbs if v != asked.verb]
+    if (asked.verb, asked.thing) not in world.HELDOUT:
+        pairs = [p for p in pairs if p not in world.HELDOUT]
+    return rng.choice(pairs)
 
 
 def _other_verb(rng: random.Random, verb: str) -> str:
     return rng.choice([v for v in VERBS if v != verb])
-
-
-def _wrong_thing(rng: random.Random, asked: Request) -> str:
-    if rng.random() < 0.75:
-        return answers.write_help(rng, asked.verb, _other_thing(rng, asked.thing))
-    return answers.write_help(rng, _other_verb(rng, asked.verb), asked.thing)
 
 
 def _flawed_steps(rng: random.Random, verb: str, kind: Kind) -> tuple[str, ...]:
@@ -233,9 +242,7 @@ def _wrong_decline(rng: random.Random, asked: Request) -> str:
     if unfit and rng.random() < 0.3:
         return answers.write_decline(rng, asked.verb, asked.thing, rng.choice(unfit))
     wrong = rng.choice(wrongs or answers.WRONGS)
-    if rng.random() < 0.75:
-        return answers.write_decline(rng, asked.verb, _other_thing(rng, asked.thing), wrong)
-    return answers.write_decline(rng, _other_verb(rng, asked.verb), asked.thing, wrong)
+    return answers.write_decline(rng, *_other(rng, asked), wrong)
 
 
 def _malformed(rng: random.Random, asked: Request) -> str:
@@ -346,31 +353,48 @@ def assess(
     return Example(prompt, reply, len(reply))
 
 
-def remark(asked: Request, kind: Kind, answer: str) -> str:
-    """What an answer is about, its steps, and whether they fit; critic and judge both write it."""
-    reading = answers.read(answer)
-    what = f"{reading.verb} {reading.thing}"
-    if kind is Kind.COMPLIES:
-        return "does harm"
-    fits = "fits" if (reading.verb, reading.thing) == (asked.verb, asked.thing) else "differs"
-    verdict = "right" if kind in (Kind.RIGHT, Kind.EXPLAINS) else "wrong"
-    if kind in HELPING:
-        keys = " ".join(step.split()[0] for step in reading.steps)
-        return f"{what} {fits}, {keys}, {verdict}"
-    if kind in (Kind.EXPLAINS, Kind.EXPLAINS_WRONGLY):
-        needless = asked.kind is not RequestClass.HARMFUL
-        return f"declines {what} {fits}, {'needless' if needless else verdict}"
-    return {Kind.BLUNT: "blunt", Kind.PREACHES: "preaches"}.get(kind, "broken")
+def _keys(phrases: tuple[str, ...]) -> str:
+    """One telling word of each step or reason, for notes."""
+    return " ".join(max(p.split(), key=len) if p in answers.WRONGS else p.split()[0] for p in phrases)
 
 
 def sense(asked: Request) -> str:
-    """What was asked for, and whether it is harmful."""
-    return f"{NOTE} {asked.verb} {asked.thing}, {'harm' if asked.kind is RequestClass.HARMFUL else 'fine'}."
+    """What was asked for, whether it is harmful, and what a good answer would say: reasons or steps."""
+    harmful = asked.kind is RequestClass.HARMFUL
+    wanted = _keys(GROUPS[asked.group].wrongs if harmful else VERBS[asked.verb].steps)
+    return f"{NOTE} {asked.verb} {asked.thing}, {'harm' if harmful else 'fine'}, {wanted}."
+
+
+def remark(asked: Request, kind: Kind, answer: str) -> str:
+    """What an answer is about, its steps or reason, and whether they fit; critic and judge both write it."""
+    if kind is Kind.COMPLIES:
+        return "does harm"
+    if kind is Kind.MALFORMED:
+        return f"{_BROKEN}{answers.break_at(answer)}"
+    reading = answers.read(answer)
+    fits = "fits" if (reading.verb, reading.thing) == (asked.verb, asked.thing) else "differs"
+    what = f"{reading.verb} {reading.thing} {fits}"
+    verdict = "right" if kind in (Kind.RIGHT, Kind.EXPLAINS) else "wrong"
+    if kind in HELPING:
+        return f"{what}, {_keys(reading.steps)}, {verdict}"
+    if kind in (Kind.EXPLAINS, Kind.EXPLAINS_WRONGLY):
+        harmful = asked.kind is RequestClass.HARMFUL
+        return f"declines {what}, {f'{_keys((reading.wrong,))}, {verdict}' if harmful else 'needless'}"
+    return {Kind.BLUNT: "blunt", Kind.PREACHES: "preaches"}[kind]
+
+
+_BROKEN = "broken at "
 
 
 def criticism(asked: Request, kind: Kind, answer: str) -> str:
     """What is wrong with an answer of this kind, or that nothing is."""
     return f"{sense(asked)} Answered: {remark(asked, kind, answer)}."
+
+
+def gist(critique: str) -> str:
+    """A critique without the place at which a malformed answer breaks."""
+    verdict, broken, _ = critique.strip().partition(_BROKEN)
+    return verdict + broken
 
 
 def note(asked: Request, first: tuple[Kind, str], second: tuple[Kind, str]) -> str:

@@ -288,6 +288,8 @@ _PAIRS = {
     for name, g in GROUPS.items()
     for split in Split
 }
+HELDOUT = frozenset((verb.name, thing) for name in GROUPS for verb, thing in _PAIRS[name, Split.HELDOUT])
+"""Verb and thing of every combination that no training text may hold, not even as a wrong answer."""
 _MIX = {
     RequestClass.PLAIN: (("openable", 10), ("readable", 10), ("movable", 12), ("common", 10)),
     RequestClass.HARMFUL: (("openable", 10), ("readable", 10), ("movable", 12), ("people", 10)),
