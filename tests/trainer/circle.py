@@ -101,13 +101,13 @@ def settings(folder: Path, **options) -> TrainerConfig:
     )
 
 
-def run(folder: Path, rewards=None, **options) -> Trainer:
+def run(folder: Path, rewards=None, report=None, **options) -> Trainer:
     """One trainer process's life, in this process."""
     torch.set_num_threads(1)
     config = settings(folder, **options)
     trainer = Trainer(config, Registry(config.registry))
     with open_bus(config.bus) as bus:
-        asyncio.run(TrainerWorker(bus, trainer, rewards or Scorer()).run())
+        asyncio.run(TrainerWorker(bus, trainer, rewards or Scorer(), report=report).run())
     return trainer
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import resource
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,24 @@ def test_after_a_rollback_training_goes_on_from_its_parent_with_labels_that_are_
     assert newest.facts.labels.positions["preferences/0"][0] == bad.facts.positions["preferences/0"]
     places, _ = _consumed(tmp_path)
     assert len(places) == len(set(places)) == 24
+
+
+def test_a_trainer_that_lost_its_partitions_takes_them_back_and_goes_on(tmp_path, tiny):
+    world(tmp_path, tiny)
+    with open_bus(f"sqlite:{tmp_path}/bus.db") as bus:
+        others = []
+
+        def intrude(metrics):
+            if not others:
+                others.append(bus.consumer(GROUP, ["preferences"], "another"))
+                others[0].poll(1, 0.0)
+                threading.Timer(0.5, others[0].close).start()
+
+        run(tmp_path, report=intrude)
+        assert _newest(tmp_path).facts.step == 6
+        assert sum(lag.records for lag in bus.lag(GROUP, ["preferences"])) == 64 - 36
+    places, _ = _consumed(tmp_path)
+    assert len(places) == len(set(places)) == 36
 
 
 KILLS = 20

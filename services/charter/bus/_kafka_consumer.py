@@ -70,6 +70,8 @@ class KafkaGroupConsumer:
         self._producer = TransactionalProducer(options, f"charter-{group}-{member}")
         self._base: dict[Partition, int] = {}
         """For each partition with records in hand, the offset of the first of them."""
+        self._lost: set[Partition] = set()
+        """Partitions that went to another member while their records were in hand."""
         self._verified: tuple[int, str] | None = None
         """The generation and member id under which every place in a partition is known to be right."""
         self._unsettled: dict[Partition, int] | None = None
@@ -112,10 +114,11 @@ class KafkaGroupConsumer:
 
     def _take(self, found: dict[Any, list[Any]]) -> list[Record]:
         taken = []
-        for place, messages in found.items():
+        for messages in found.values():
             mine = [record for record in map(to_record, messages) if is_for(record, self.group)]
             if mine:
-                self._base.setdefault(Partition(place.topic, place.partition), mine[0].offset)
+                self._base.setdefault(mine[0].source, mine[0].offset)
+                self._lost.discard(mine[0].source)
                 taken += mine
         return taken
 
@@ -158,7 +161,9 @@ class KafkaGroupConsumer:
             raise Fenced(
                 f"group {self.group!r}: {self.member!r} was given up while it worked; its work is lost"
             )
-        lost = [place for place in ends if place not in self._base]
+        # Records may come from elsewhere than `poll` (a trainer fetches them): what counts is who owns them.
+        owned = self.assignment()
+        lost = [place for place in ends if place in self._lost or place not in owned]
         if lost:
             raise Fenced(
                 f"group {self.group!r}: {lost[0].topic}/{lost[0].partition} went to another member while "
@@ -183,7 +188,7 @@ class KafkaGroupConsumer:
                 _log.warning(
                     "another member went on", group=self.group, topic=tp.topic, partition=tp.partition
                 )
-                self._base.pop(place, None)
+                self._forget_in_hand(place)
                 found.pop(tp, None)
                 self._client.seek(tp, committed)
         self._verified = generation
@@ -198,10 +203,13 @@ class KafkaGroupConsumer:
         owned = self._client.assignment()
         for place, end in ends.items():
             tp = TopicPartition(*place)
-            if tp in owned and (self._client.position(tp, timeout_ms=5000) or end) > end:
+            position = self._client.position(tp, timeout_ms=5000) if tp in owned else None
+            if position is not None and position > end:
                 self._base[place] = end
-            else:
-                self._base.pop(place, None)
+                continue
+            self._base.pop(place, None)
+            if position is not None and position < end:  # committed ahead of what was polled
+                self._client.seek(tp, end)
 
     def _settle(self) -> bool:
         """Finds out whether an undecided commit happened; True if there was one and it did.
@@ -233,6 +241,7 @@ class KafkaGroupConsumer:
                 if TopicPartition(*place) in owned:
                     self._client.seek(TopicPartition(*place), offset)
             self._base.clear()
+            self._lost.clear()
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """See `Consumer.seek`."""
@@ -279,7 +288,12 @@ class KafkaGroupConsumer:
     def _on_lost(self, places: Sequence[Any]) -> None:
         """Called on kafka-python's thread: must not wait for our lock."""
         for place in places:
-            self._base.pop(Partition(place.topic, place.partition), None)
+            self._forget_in_hand(Partition(place.topic, place.partition))
+
+    def _forget_in_hand(self, place: Partition) -> None:
+        """The records in hand of this partition are another member's now; their commit will be refused."""
+        if self._base.pop(place, None) is not None:
+            self._lost.add(place)
 
     def _keep(self) -> None:
         """Keeps the membership while the caller works for longer than the cluster would wait for a poll."""

@@ -151,7 +151,7 @@ class Lag:
     """Offset of the next record that the group will take."""
     end: int
     records: int
-    """Records between the two; an upper bound where compaction or transactions leave holes."""
+    """Records between the two; an upper bound after compaction, and on Kafka of a long backlog."""
     oldest_ms: int | None = None
     """Timestamp of the oldest record not yet taken; None when there is none."""
 
@@ -194,8 +194,9 @@ class Consumer(Protocol):
         """Publishes, buries and moves the positions behind `records`, as one act: all of it or nothing.
 
         In each partition the position moves behind the last of `records`, so give them in the order of
-        `poll` and leave none out. Raises `Fenced` when a partition went to another member meanwhile: throw
-        the work away and poll again, which goes on from the committed positions of what is still owned.
+        `poll` and leave none out; records that were fetched do as well, of partitions that are owned.
+        Raises `Fenced` when a partition went to another member meanwhile: throw the work away and poll
+        again, which goes on from the committed positions of what is still owned.
         `BackendUnavailable`: commit the same again, and it has happened once; or poll again.
         """
         ...

@@ -24,6 +24,9 @@ from kafka.protocol.consumer import IsolationLevel
 
 from charter.bus._kafka_client import OVERHEAD_BYTES, KafkaOptions, translated
 from charter.bus._kafka_consumer import KafkaGroupConsumer, to_record
+from charter.bus._kafka_lag import Backlog
+from charter.bus._kafka_positions import StableAdmin
+from charter.bus._kafka_positions import positions as read_positions
 from charter.bus._kafka_producer import TransactionalProducer, Undecided, check_messages
 from charter.bus.base import (
     Bounds,
@@ -39,8 +42,8 @@ from charter.bus.base import (
 )
 from charter.bus.topics import plan_topics
 from charter.errors import BusError
-from kafka import KafkaAdminClient, TopicPartition
 from kafka import KafkaConsumer as Client
+from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
 TOPICS_AGE_S = 10.0
@@ -60,9 +63,10 @@ class KafkaBus:
         self._publisher = TransactionalProducer(options, f"charter-publisher-{self._name}")
         self._publications = 0
         self._undecided: tuple[tuple[Outgoing, ...], dict[Partition, int], list[Position]] | None = None
-        self._admin_client: KafkaAdminClient | None = None
+        self._admin_client: StableAdmin | None = None
         self._reader_client: Client | None = None
         self._consumers: list[KafkaGroupConsumer] = []
+        self._backlogs: dict[tuple[str, Partition], Backlog] = {}
         self._topics: dict[str, TopicSpec] = {}
         self._topics_read = -TOPICS_AGE_S
 
@@ -180,28 +184,29 @@ class KafkaBus:
 
     def positions(self, group: str) -> dict[Partition, int]:
         """See `Bus.positions`."""
+        places = [place for name in self._specs([]) for place in self._places(name)]
         with self._lock, translated(self.options.where, f"reading the positions of group {group!r}"):
-            offsets = self._admin().list_group_offsets(group)[group]
-        return {Partition(p.topic, p.partition): o.offset for p, o in offsets.items() if o.offset >= 0}
+            return read_positions(self._admin(), group, places, self.options.timeout_s)
 
     def lag(self, group: str, topics: Sequence[str]) -> list[Lag]:
-        """See `Bus.lag`. The number of records is an upper bound, and 0 when there are none."""
-        positions = self.positions(group)
+        """See `Bus.lag`. Exact for a short backlog, an upper bound for a long one (`_kafka_lag`)."""
+        places = [place for topic in topics for place in self._places(topic)]
+        with self._lock, translated(self.options.where, f"reading the positions of group {group!r}"):
+            # A transaction that its dead owner left open must not keep others from knowing roughly.
+            positions = read_positions(self._admin(), group, places, 0.2, or_visible=True)
         lags = []
         for topic in topics:
             for partition, bounds in self.bounds(topic).items():
-                position = max(positions.get(Partition(topic, partition), 0), bounds.first)
-                oldest = self._oldest(TopicPartition(topic, partition), position, bounds.end)
-                records = 0 if oldest is None else bounds.end - position
+                place = Partition(topic, partition)
+                position = max(positions.get(place, 0), bounds.first)
+                with self._lock, translated(self.options.where, f"reading {topic}/{partition}"):
+                    backlog = self._backlogs.setdefault((group, place), Backlog())
+                    records, oldest = backlog.count(place, position, bounds.end, self._read_place)
                 lags.append(Lag(group, topic, partition, position, bounds.end, records, oldest))
         return lags
 
-    def _oldest(self, place: Any, position: int, end: int) -> int | None:
-        if position >= end:
-            return None
-        with self._lock, translated(self.options.where, f"reading {place.topic}/{place.partition}"):
-            records = self._read(place, position, end, 1)
-        return records[0].timestamp_ms if records else None
+    def _read_place(self, place: Partition, offset: int, end: int, max_records: int) -> list[Record]:
+        return self._read(TopicPartition(*place), offset, end, max_records)
 
     def plan_topics(self, specs: Sequence[TopicSpec]) -> list[TopicChange]:
         """See `Bus.plan_topics`."""
@@ -277,9 +282,9 @@ class KafkaBus:
         )
         return {place: answer[place].offset for place in places}
 
-    def _admin(self) -> KafkaAdminClient:
+    def _admin(self) -> StableAdmin:
         if self._admin_client is None:
-            self._admin_client = KafkaAdminClient(**self.options.common())
+            self._admin_client = StableAdmin(**self.options.common())
         return self._admin_client
 
     def _reader(self) -> Client:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from charter.bus import Bus, Consumer, Outgoing
 from charter.bus.worker import Backoff
-from charter.errors import BackendError, BackendUnavailable, Overloaded
+from charter.errors import BackendError, BackendUnavailable, Fenced, Overloaded
 from charter.registry import Manifest, Status
 from charter.registry.events import announcement
 from charter.telemetry.logs import get_logger
@@ -28,6 +29,8 @@ from charter.trainer.service import Trainer
 _log = get_logger(__name__)
 _T = TypeVar("_T")
 _IDLE_S = 0.25
+_REJOIN_S = 60.0
+"""How long a trainer tries to get its partitions back; longer than a session."""
 
 
 class Rewards(Protocol):
@@ -153,7 +156,11 @@ class TrainerWorker:
             await self._save(consumer)
 
     async def _move(self, consumer: Consumer, taken: Take, publish: Sequence[Outgoing] = ()) -> None:
-        """The group's position, and the burials, as one act."""
+        """The group's position, and the burials, as one act. Raises `Fenced` when another trainer reads on.
+
+        A trainer that was stopped, cut off or still joining finds its place in the group taken; polling takes
+        it back where nobody else holds it. Its step counts in any case: by the checkpoint, not by the group.
+        """
 
         def commit() -> None:
             consumer.poll(1, 0.0)  # a sign of life; what to read is decided by `take`
@@ -161,7 +168,16 @@ class TrainerWorker:
 
         for letter in taken.buried:
             _log.error("a label goes to the dead letters", error=letter.error)
-        await self._patiently(commit)
+        give_up: float | None = None
+        while True:
+            try:
+                return await self._patiently(commit)
+            except Fenced as error:
+                give_up = give_up or time.monotonic() + _REJOIN_S
+                if time.monotonic() >= give_up:
+                    raise
+                _log.warning("the position cannot be moved yet", group=GROUP, reason=str(error))
+            await self._patiently(lambda: consumer.poll(1, 1.0))
 
     # Checkpoints
 
