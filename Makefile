@@ -36,7 +36,7 @@ test: $(STAMP) ## all tests that need nothing but Python; ARGS= goes to pytest
 	@$(PY) -m pytest $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) node_modules/.bin/buf ## formatting, ruff, mypy (strict) and buf
+lint: $(STAMP) node_modules/.bin/buf buf-breaking ## formatting, ruff, mypy (strict) and buf
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
