@@ -1,5 +1,7 @@
 """Which prompts the circle asks, and what becomes of the first pairs on the bus."""
 
+import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,10 +11,12 @@ from charter.bus.base import REPLAY_GROUP_HEADER
 from charter.bus.messages import decode, encode
 from charter.circle import first_pairs
 from charter.circle.config import CircleConfig, PromptSources
-from charter.circle.prompts import Feed, Supply
+from charter.circle.prompts import Supply, prompt_source
 from charter.errors import ConfigError
+from charter.prompts.config import PromptsConfig, Weights
 from charter.sampler.config import SamplerConfig
 from charter.sampler.pacing import Pacer
+from charter.sampler.worker import GROUP as SAMPLER
 from charter.trainer.labels import GROUP, Limits, take
 from charter.v1 import events_pb2
 
@@ -41,21 +45,42 @@ def test_another_seed_asks_in_another_order():
     assert Supply(_config(seed=1)).part(0, 20) != Supply(_config(seed=2)).part(0, 20)
 
 
-def test_the_feed_fills_the_backlog_once_and_waits_while_it_is_full(tmp_path):
-    config = _config()
+def _drawn(bus):
+    records = [r for p in bus.bounds("prompts") for r in bus.fetch("prompts", p, 0)]
+    return [decode(r, events_pb2.PromptEvent) for r in records]
+
+
+async def _until(condition):
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(condition):
+            await asyncio.sleep(0.02)
+
+
+async def test_the_source_fills_the_backlog_from_what_was_read_and_a_later_start_goes_on(tmp_path):
+    config = _config(mixture=PromptsConfig(Weights(0.5, 0.5), backlog=24, batch=8, pause_s=0.02))
+    supply = Supply(config)
     with open_bus(f"sqlite:{tmp_path}/bus.db") as bus:
-        feed = Feed(bus, Supply(config), config)
-        filled = [feed._fill() for _ in range(4)]
-        assert filled == [True, True, False, False]
-        prompts = [
-            decode(r, events_pb2.PromptEvent)
-            for p in bus.bounds("prompts")
-            for r in bus.fetch("prompts", p, 0)
-        ]
-        assert len(prompts) == 2 * config.mixture.batch
-        assert {p.source for p in prompts} == {
+
+        async def run(count):
+            source = prompt_source(bus, supply, config, tmp_path)
+            running = asyncio.create_task(source.run())
+            await _until(lambda: len(_drawn(bus)) >= count)
+            source.stop()
+            await running
+
+        await run(24)
+        with bus.consumer(SAMPLER, ["prompts"]) as sampler:
+            while taken := sampler.poll(100, 0.0):
+                sampler.commit(taken)
+        await run(48)
+        drawn = _drawn(bus)
+        assert len(drawn) == 48
+        assert {p.prompt_id for p in drawn} <= {p.id for p in supply.sourced()}
+        assert {p.source for p in drawn} == {
             events_pb2.PROMPT_SOURCE_RED_TEAM, events_pb2.PROMPT_SOURCE_HELPFUL,
         }  # fmt: skip
+    state = json.loads((tmp_path / "prompts.json").read_text())
+    assert state["published"] == 48
 
 
 def _label(number, **headers):

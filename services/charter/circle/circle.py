@@ -15,7 +15,7 @@ from charter.circle import first_pairs, learning, servers
 from charter.circle.config import CircleConfig, Places
 from charter.circle.news import Kind, News, Phase, Tell
 from charter.circle.partner import Partner
-from charter.circle.prompts import Feed, Supply
+from charter.circle.prompts import Supply, prompt_source
 from charter.circle.queues import watch_engines, watch_queues
 from charter.circle.serving import Publishing, register_seed
 from charter.lm.policy_client import PolicyModel
@@ -30,7 +30,8 @@ from charter.telemetry.logs import get_logger
 log = get_logger(__name__)
 T = TypeVar("T")
 
-MEMBER = "trainer-0"
+MEMBER, SAMPLER, JUDGE = "trainer-0", "sampler-0", "judge-0"
+"""Members of their groups; with names, so that a circle that was killed takes its places back at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +220,14 @@ class Circle:
             settings = replace(config.sampler, batch_size=config.labels_per_step, seed=config.seed)
             options = WorkerOptions(max_records=config.labels_per_step, poll_timeout_s=0.2, drain_s=5.0)
             workers = [
-                sampling.worker(bus, policy, settings, options=replace(options, room_interval_s=0.1)),
-                judging.worker(bus, judge, options=options),
+                sampling.worker(
+                    bus, policy, settings, member=SAMPLER, options=replace(options, room_interval_s=0.1)
+                ),
+                judging.worker(bus, judge, member=JUDGE, options=options),
             ]
+            source = await asyncio.to_thread(prompt_source, bus, supply, config, self._places.state)
             async with asyncio.TaskGroup() as group:
-                group.create_task(Feed(bus, supply, config).run())
+                group.create_task(source.run())
                 group.create_task(watch_queues(bus, self._tell))
                 group.create_task(watch_engines(where.busy, self._tell))
                 for worker in workers:

@@ -46,31 +46,25 @@ async def label(
     config: CircleConfig,
     report: Callable[[int, int], None],
 ) -> None:
-    """Samples and judges a pair for each prompt; those that an earlier start published are left out."""
+    """Samples and judges a pair for each prompt; those that an earlier start published are left out.
+
+    They are published in the prompts' order, so that their count tells which they are, also after a kill.
+    """
     done = sum(b.end - b.first for b in bus.bounds(PREFERENCES).values())
     gate = asyncio.Semaphore(config.concurrency)
-    made: asyncio.Queue[Outgoing] = asyncio.Queue()
 
-    async def one(number: int) -> None:
+    async def one(number: int) -> Outgoing:
         prompt, neighbour = prompts[number], prompts[(number + 1) % len(prompts)]
         async with gate:
             other = neighbour if number % _EVERY == _EVERY - 1 else None
-            made.put_nowait(await _labelled(policy, judge, prompt, other, config))
-
-    async def publish() -> None:
-        count, batch = done, []
-        while count < len(prompts):
-            batch.append(await made.get())
-            count += 1
-            if len(batch) == _CHUNK or count == len(prompts):
-                await asyncio.to_thread(bus.publish, batch)
-                report(count, len(prompts))
-                batch = []
+            return await _labelled(policy, judge, prompt, other, config)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(publish())
-        for number in range(done, len(prompts)):
-            group.create_task(one(number))
+        made = [group.create_task(one(number)) for number in range(done, len(prompts))]
+        for start in range(0, len(made), _CHUNK):
+            batch = [await task for task in made[start : start + _CHUNK]]
+            await asyncio.to_thread(bus.publish, batch)
+            report(done + start + len(batch), len(prompts))
 
 
 async def _labelled(

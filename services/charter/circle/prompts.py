@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
 
 from charter.bus import Bus
-from charter.bus.messages import decode, encode
-from charter.bus.topics import PREFERENCES, PROMPTS
 from charter.circle.config import CircleConfig
-from charter.errors import BackendUnavailable, MalformedMessage
-from charter.prompts.service import Mixer, Source, SourcedPrompt
+from charter.prompts.metrics import PromptMetrics
+from charter.prompts.service import Source, SourcedPrompt
+from charter.prompts.worker import PromptSource
 from charter.redteam.prompts import RedTeamPrompt, collect
-from charter.rpc import convert
-from charter.sampler.worker import GROUP as SAMPLER
-from charter.v1 import events_pb2
 
-_EVENT_SOURCE = {
-    Source.RED_TEAM: events_pb2.PROMPT_SOURCE_RED_TEAM,
-    Source.HELPFUL: events_pb2.PROMPT_SOURCE_HELPFUL,
-    Source.PRODUCTION: events_pb2.PROMPT_SOURCE_PRODUCTION,
-    Source.GENERATED: events_pb2.PROMPT_SOURCE_GENERATED,
-}
-_IDLE_S = 0.2
-_BATCH = 500
+MEMBER = "prompts-0"
+"""One source at a time: after a kill the next takes its place at once."""
 
 
 class Supply:
@@ -70,55 +61,8 @@ def _slice(prompts: Sequence[RedTeamPrompt], start: int, end: int) -> list[RedTe
     return [prompts[i % len(prompts)] for i in range(start, end)] if prompts else []
 
 
-def event(prompt: SourcedPrompt) -> events_pb2.PromptEvent:
-    """The message of topic `prompts`."""
-    return events_pb2.PromptEvent(
-        prompt_id=prompt.id,
-        conversation=convert.messages_to_proto(prompt.conversation),
-        source=_EVENT_SOURCE[prompt.source],
-        created_unix_ms=int(time.time() * 1000),
-    )
-
-
-class Feed:
-    """Keeps the sampler's backlog filled, and learns from labels which prompts still teach."""
-
-    def __init__(self, bus: Bus, supply: Supply, config: CircleConfig) -> None:
-        self._bus = bus
-        self._config = config.mixture
-        # Another start of the same circle goes on with other draws.
-        begun = sum(b.end for b in bus.bounds(PROMPTS).values())
-        self._mixer = Mixer(replace(config.mixture, seed=config.seed * 1_000_003 + begun))
-        self._mixer.add(supply.sourced())
-        self._seen = {p: b.end for p, b in bus.bounds(PREFERENCES).items()}
-
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            try:
-                filled = await asyncio.to_thread(self._fill)
-            except BackendUnavailable:
-                filled = False
-            if not filled:
-                await asyncio.sleep(_IDLE_S)
-
-    def _fill(self) -> bool:
-        waiting = sum(lag.records for lag in self._bus.lag(SAMPLER, [PROMPTS]))
-        if waiting >= self._config.backlog:
-            return False
-        self._read_labels()
-        drawn = self._mixer.draw(self._config.batch)
-        self._bus.publish([encode(PROMPTS, p.id, event(p)) for p in drawn])
-        return True
-
-    def _read_labels(self) -> None:
-        for partition, bounds in self._bus.bounds(PREFERENCES).items():
-            start = self._seen.get(partition, bounds.first)
-            records = self._bus.fetch(PREFERENCES, partition, start, _BATCH) if start < bounds.end else []
-            for record in records:
-                try:
-                    label = decode(record, events_pb2.PreferenceEvent)
-                except MalformedMessage:
-                    continue
-                self._mixer.on_labelled(label.prompt_id, label.probability_a)
-                self._seen[partition] = record.offset + 1
+def prompt_source(bus: Bus, supply: Supply, config: CircleConfig, state: Path) -> PromptSource:
+    """What keeps the sampler's backlog filled while PPO runs; a later start of the circle goes on from it."""
+    settings = replace(config.mixture, seed=config.seed, state=str(state / "prompts.json"))
+    metrics = PromptMetrics.of(CollectorRegistry())
+    return PromptSource(bus, settings, metrics, member=MEMBER, prompts=supply.sourced())
