@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,8 +64,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 
 @asynccontextmanager
-async def _learning(deployment: Deployment, screen: Screen) -> AsyncIterator[None]:
-    """Learns while entered, where that is wanted; news goes to the screen."""
+async def _learning(deployment: Deployment, screen: Screen, stops: AsyncExitStack) -> AsyncIterator[None]:
+    """Learns, where that is wanted, until `stops` is closed; news goes to the screen while entered."""
     if deployment.learning is None:
         yield
         return
@@ -74,16 +74,15 @@ async def _learning(deployment: Deployment, screen: Screen) -> AsyncIterator[Non
 
     with shown(screen.console) as tell:
         learning = start_learning(deployment, deployment.learning, tell)
-        try:
-            yield
-        finally:
-            await learning.stop()
+        stops.push_async_callback(learning.stop)
+        yield
 
 
 async def _serve(deployment: Deployment, ports: PortReservations, state: StateFolder, screen: Screen) -> bool:
     """Starts, waits for a signal, stops; False when a start that cannot be interrupted is still under way."""
     began = time.monotonic()
     services = Services(deployment, ports)
+    learning = AsyncExitStack()
     with StopSignal() as stop:
         waiting = asyncio.create_task(stop.wait())
         try:
@@ -95,11 +94,11 @@ async def _serve(deployment: Deployment, ports: PortReservations, state: StateFo
             if starting.done():
                 starting.result()
                 screen.ready(time.monotonic() - began, address)
-                async with _learning(deployment, screen):
+                async with _learning(deployment, screen, learning):
                     await services.run_until(waiting)
             screen.stopping()
         finally:
             waiting.cancel()
-            await services.stop()
+            await asyncio.gather(services.stop(), learning.aclose())
         screen.stopped()
         return starting.done()

@@ -1,7 +1,7 @@
 """Learning beside an endpoint: the circle in processes of its own, so that answers never wait for it.
 
-`charter run` starts it when the endpoint answers, and stops it before the endpoint. What was begun goes on at
-the next start.
+`charter run` starts it when the endpoint answers, and stops both at once. What was begun goes on at the next
+start: work that does not end within a moment is killed, and done again from what is whole on the disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from charter.app.settings import SEED, Deployment
+from charter.app.settings import Deployment
 from charter.circle.config import CircleConfig, Places
 from charter.circle.news import Kind, News, Tell
 from charter.circle.partner import Partner
@@ -21,22 +21,30 @@ from charter.telemetry.logs import get_logger
 
 log = get_logger(__name__)
 
+GRACE_S = 2.0
+"""For the circle as a whole; longer than the one that it gives its own partner."""
+
 
 class Learning:
     """A circle under way. Made by `start_learning`."""
 
     def __init__(self, config: CircleConfig, places: Places, tell: Tell) -> None:
-        self._partner = Partner(config.niceness, config.threads)
+        self._partner = Partner(config.niceness, config.threads, grace_s=GRACE_S, family=True)
         self._tell = tell
+        self._stopping = False
         self._task = asyncio.create_task(self._run(config, places))
 
     async def _run(self, config: CircleConfig, places: Places) -> None:
         try:
-            await self._partner.call(circle_in_process, config, places, told=self._tell)
+            await self._partner.call(circle_in_process, config, places, told=self._told)
         except CharterError as error:
             # The endpoint goes on with what is in force; learning needs a person.
             log.error("learning has stopped", error=str(error))
             self._tell(News(Kind.PROBLEM, {"message": f"{type(error).__name__}: {error}"}))
+
+    def _told(self, news: News) -> None:
+        if not self._stopping:
+            self._tell(news)
 
     @property
     def pid(self) -> int | None:
@@ -49,7 +57,8 @@ class Learning:
         return not self._task.done()
 
     async def stop(self) -> None:
-        """Finishes the step in hand, saves, and ends the processes; safe to repeat."""
+        """Ends the processes within seconds; safe to repeat."""
+        self._stopping = True
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
@@ -87,16 +96,6 @@ def places_of(deployment: Deployment) -> Places:
         feedback_model=common.critic_uri,
         constitution=common.constitution_name,
         policies=(f"{host}:{server.port}",),
-    )
-
-
-def can_learn(deployment: Deployment) -> bool:
-    """Whether learning beside this deployment makes sense by itself: all of it here, on the seed model.
-
-    Other models want prompts, rates and sizes of their own; they learn when somebody says so.
-    """
-    return (
-        deployment.policy is not None and deployment.gateway is not None and deployment.common.model == SEED
     )
 
 

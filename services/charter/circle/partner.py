@@ -2,6 +2,9 @@
 
 TRL and torch take ten seconds to import, so one partner stays for all the work. It ignores Ctrl-C (its parent
 says when to end) and dies with its parent, however that ends.
+
+Work that is told to stop has a short grace; then the process is killed, since nothing else ends a step of
+torch. That loses nothing: what a partner writes is whole on the disk or not there, and work goes on from it.
 """
 
 from __future__ import annotations
@@ -9,16 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any
 
-from charter import errors
+from charter import children, errors
 from charter.errors import BackendError, CharterError
+
+GRACE_S = 1.0
+"""How long work that is told to stop may still take."""
 
 Work = Callable[..., Any]
 """A function of a module: takes its arguments, then `tell` and `stopped`; all must be picklable."""
@@ -31,19 +40,26 @@ class PartnerDiedError(BackendError):
 class Partner:
     """The parent's end. One event loop uses it."""
 
-    def __init__(self, niceness: int = 0, threads: int = 1) -> None:
+    def __init__(
+        self, niceness: int = 0, threads: int = 1, *, grace_s: float = GRACE_S, family: bool = False
+    ) -> None:
+        """`family`: it will have children of its own, which are killed with it."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        self._grace_s = grace_s
+        self._family = family
         self._process = context.Process(
-            target=_serve, args=(theirs, niceness, threads), name="charter-partner"
+            target=_serve, args=(theirs, niceness, threads, grace_s, family), name="charter-partner"
         )
-        self._process.start()
+        with _no_interrupts():
+            self._process.start()
         theirs.close()
         self._numbers = itertools.count()
         self._calls: dict[int, tuple[asyncio.Future[Any], Callable[[Any], None]]] = {}
         self._loop = asyncio.get_running_loop()
         self._sending = threading.Lock()
         self._closed = False
+        self._deadline: float | None = None
         threading.Thread(target=self._listen, name="charter-partner-news", daemon=True).start()
 
     @property
@@ -54,7 +70,8 @@ class Partner:
     async def call(self, work: Work, *args: Any, told: Callable[[Any], None] = lambda _: None) -> Any:
         """Has `work(*args, tell, stopped)` done; what it tells goes to `told`.
 
-        Cancelling tells it to stop and waits until it has. Raises what it raised, or `PartnerDiedError`.
+        Cancelling tells it to stop; if it has not within the grace, the process is killed. Raises what it
+        raised, or `PartnerDiedError`.
         """
         number = next(self._numbers)
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -64,25 +81,48 @@ class Partner:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             self._send(("stop", number))
-            with contextlib.suppress(Exception):
-                await future
+            await self._stopped(future)
             raise
         finally:
             self._calls.pop(number, None)
 
+    def _patience(self) -> float:
+        """What is left of the grace, which begins when something is told to stop for the first time."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._grace_s
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    async def _stopped(self, future: asyncio.Future[Any]) -> None:
+        """Waits for work that was told to stop, as long as the grace and the caller's patience allow."""
+        try:
+            await asyncio.wait({future}, timeout=self._patience())
+        finally:
+            if not future.done():
+                self._kill()
+                future.cancel()
+            elif not future.cancelled():
+                future.exception()  # seen: nobody waits for it any longer
+
     async def close(self) -> None:
-        """Ends the process once its work has; safe to repeat."""
+        """Ends the process, and work that is still under way after the grace with it; safe to repeat."""
         if not self._closed:
             self._closed = True
             self._send(("end",))
             await asyncio.to_thread(self._reap)
 
     def _reap(self) -> None:
-        self._process.join(20)
+        self._process.join(self._patience())
         if self._process.is_alive():
-            self._process.kill()
+            self._kill()
             self._process.join()
         self._pipe.close()
+
+    def _kill(self) -> None:
+        pid = self._process.pid
+        if self._family and pid is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+        self._process.kill()
 
     def _send(self, message: Any) -> None:
         with self._sending, contextlib.suppress(OSError):
@@ -121,6 +161,17 @@ class Partner:
                 )
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C while a process begins would end it in a traceback, before it can ignore that."""
+    resource_tracker.ensure_running()  # it would let them in again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _error(name: str, text: str) -> Exception:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, CharterError):
@@ -131,12 +182,12 @@ def _error(name: str, text: str) -> Exception:
 # The other end ---------------------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, niceness: int, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _serve(pipe: Connection, niceness: int, threads: int, grace_s: float, family: bool) -> None:
+    children.begin(niceness)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(niceness)
+    if family:
+        os.setpgrp()
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the log is the terminal of another group now
     import torch
 
     torch.set_num_threads(threads)
@@ -159,8 +210,9 @@ def _serve(pipe: Connection, niceness: int, threads: int) -> None:
                 running[message[1]][1].set()
     for _, stopped in running.values():
         stopped.set()
+    deadline = time.monotonic() + grace_s
     for thread, _ in running.values():
-        thread.join(15)
+        thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def _do(
@@ -169,15 +221,16 @@ def _do(
     try:
         result = work(*args, lambda news: send(("told", number, news)), stopped)
         send(("done", number, result))
-    except Exception as error:
-        import logging
-
-        logging.getLogger(__name__).exception("work failed")
+    except Exception as raised:
+        error = _alone(raised)
+        # Ours say all in the message, which whoever asked gets; and nobody asked who has told it to stop.
+        if not isinstance(error, CharterError) and not stopped.is_set():
+            logging.getLogger(__name__).exception("work failed")
         send(("failed", number, type(error).__name__, str(error)))
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+def _alone(error: Exception) -> Exception:
+    """The one error that a task group failed of; the group where there are several."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

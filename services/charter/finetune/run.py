@@ -191,7 +191,8 @@ def merged(trainer: Any) -> Any:
 
 def save(model: Any, vocabulary: Vocabulary, folder: Path) -> None:
     """Writes a Hugging Face folder into an existing one: config, safetensors, and the tokenizer as it was."""
-    model.save_pretrained(folder, safe_serialization=True)
+    with quiet_loading():
+        model.save_pretrained(folder, safe_serialization=True)
     copy_tokenizer(vocabulary.folder, folder)
 
 

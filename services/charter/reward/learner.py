@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
-import signal
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from charter import errors
+from charter import children, errors
 from charter.errors import BackendError, CharterError
 from charter.reward.config import RewardConfig
 
@@ -128,10 +126,7 @@ def _error(name: str, text: str) -> Exception:
 
 def _serve(pipe: Connection, config: RewardConfig) -> None:
     """The process: does rounds until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; the parent says when to end
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(config.learner.niceness)
+    children.begin(config.learner.niceness)
     if config.learner.threads:
         import torch
 
@@ -158,10 +153,3 @@ def _do(pipe: Connection, config: RewardConfig, job: Job, target: Path) -> None:
         raise
     except Exception as error:
         pipe.send(("failed", type(error).__name__, str(error)))
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
