@@ -112,7 +112,7 @@ def test_first_pairs_neither_hold_the_sampler_back_nor_teach_the_policy(tmp_path
 
 
 @pytest.mark.parametrize(
-    "options", [{"revisions": 0}, {"red_team_share": 2.0}, {"threads": 0}, {"steps": -1}]
+    "options", [{"revisions": 0}, {"red_team_share": 2.0}, {"threads": 0}, {"steps": -1}, {"keep": -1}]
 )
 def test_settings_that_cannot_work_are_refused(options):
     with pytest.raises(ConfigError):

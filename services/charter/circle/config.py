@@ -51,6 +51,8 @@ class CircleConfig:
     checkpoint_every: int = 2
     """PPO steps between two candidates; the sampler's policy is never further behind than that and the
     staleness bound together."""
+    keep: int = 20
+    """Newest checkpoints of PPO, and newest that served, whose weights are kept; 0: all. Manifests stay."""
     concurrency: int = 64
     """Questions that are put to the engines at once."""
     niceness: int = 0
@@ -99,8 +101,8 @@ class CircleConfig:
             raise ConfigError("revisions, first_pairs, labels_per_step, checkpoint_every must be at least 1")
         if not 0 <= self.red_team_share <= 1:
             raise ConfigError(f"red_team_share is {self.red_team_share}; give a share between 0 and 1")
-        if self.steps < 0 or self.niceness < 0 or self.threads < 1 or self.concurrency < 1:
-            raise ConfigError("steps and niceness must be 0 or more, threads and concurrency at least 1")
+        if min(self.steps, self.keep, self.niceness) < 0 or min(self.threads, self.concurrency) < 1:
+            raise ConfigError("steps, keep, niceness must be 0 or more, threads, concurrency at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class Publishing:
             judge=where.judge,
             constitution=places.constitution,
             gate=config.gate,
+            keep=config.keep,
         )
         self._publisher = Publisher.open(
             settings,

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ async def run(config: CircleConfig, places: Places, held: Held, tell: Tell) -> R
                 pass
 
     try:
-        finished = await Circle(config, places, on, partner).run()
+        # Every candidate is measured at the end, so none may be pruned.
+        finished = await Circle(replace(config, keep=0), places, on, partner).run()
         clock.begin("measuring")
         for stage in ("seed", "after_sl"):
             record.rates[stage] = await measured[stage]
