@@ -1,6 +1,8 @@
 """What a partner is asked to do in tests."""
 
 import os
+import subprocess
+import sys
 import time
 
 from charter.errors import TrainingStopped
@@ -29,3 +31,10 @@ def waits(tell, stopped):
 
 def dies(tell, stopped):
     os._exit(3)
+
+
+def goes_on(tell, stopped):
+    """As a step of torch does: told to stop, it has a child and work for much longer."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    tell(child.pid)
+    child.wait()
