@@ -2,7 +2,7 @@
 
 Needs Java 17 or newer, and Maven once to fetch Kafka (43 MB, kept in `.cache/kafka`). One process is one
 KRaft node, broker and controller in one; three of them make a cluster. It keeps its data in a folder, so a
-killed broker goes on where it was.
+killed broker goes on where it was. However its owner ends, the broker ends with it.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ class Broker:
         self._voters = tuple(voters) or ((node, self.controller_port),)
         self._advertised_port = advertised_port or self.port
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
@@ -144,6 +145,7 @@ class Broker:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for Charter, which then stops its broker in order
             )
+        self._guard = ends_with_us(self._process.pid)
 
     def wait(self) -> None:
         """Returns when the broker serves. Raises `BackendUnavailable` when it does not in time, or ends."""
@@ -210,6 +212,10 @@ class Broker:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
 
     def _java(self) -> list[str]:
         heap = f"{self.options.heap_mb}m"
@@ -258,6 +264,22 @@ class Broker:
             **self.options.properties,
         }
         return "".join(f"{name}={value}\n" for name, value in lines.items())
+
+
+def ends_with_us(pid: int) -> subprocess.Popen[bytes]:
+    """A process that kills `pid` as soon as this process has ended, be it by SIGKILL.
+
+    A broker that outlived its owner would hold its folder's lock, and no other could start there. A pipe
+    tells: nobody writes to it, and its end is read when the last process that could write has gone. Kill what
+    this returns once `pid` has ended otherwise.
+    """
+    return subprocess.Popen(
+        ["sh", "-c", 'read -r _; kill -KILL "$1"', "sh", str(pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 @contextmanager
