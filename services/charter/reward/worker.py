@@ -37,7 +37,11 @@ class LabelWorker:
         self._model = model
         self._metrics = metrics
         options = WorkerOptions(max_records=64, poll_timeout_s=0.2)
-        self._worker = Worker(bus, group, [TOPIC], self._handle, options=options, metrics=of_bus)
+        # The folder belongs to one process at a time. So does a member's name, by which a service that was
+        # killed takes its place back at once.
+        self._worker = Worker(
+            bus, group, [TOPIC], self._handle, member=f"{group}-0", options=options, metrics=of_bus
+        )
 
     async def run(self) -> None:
         """Works until `stop`."""
