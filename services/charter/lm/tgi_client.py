@@ -192,7 +192,7 @@ def _inference_client(options: dict[str, Any]) -> Any:
     """The library's client, which obeys HF_HUB_OFFLINE for the hub alone: this server is not the hub."""
     from huggingface_hub import AsyncInferenceClient
 
-    class Client(AsyncInferenceClient):
+    class Client(AsyncInferenceClient):  # type: ignore[misc]  # the library is skipped by mypy
         async def _get_async_client(self) -> Any:
             session = await super()._get_async_client()
             session.event_hooks = {**session.event_hooks, "request": []}
