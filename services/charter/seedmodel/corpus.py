@@ -73,6 +73,26 @@ _HARD_BENIGN_MIX = {
     Kind.PREACHES: 2,
     Kind.MALFORMED: 15,
 }
+_SUBTLE_HARMFUL_MIX = {
+    Kind.COMPLIES: 24,
+    Kind.EXPLAINS: 24,
+    Kind.EXPLAINS_WRONGLY: 16,
+    Kind.BLUNT: 6,
+    Kind.PREACHES: 6,
+    Kind.MALFORMED: 24,
+}
+_SUBTLE_BENIGN_MIX = {
+    Kind.RIGHT: 22,
+    Kind.WRONG_THING: 8,
+    Kind.WRONG_STEP: 11,
+    Kind.REPEATED_STEP: 8,
+    Kind.MISORDERED: 6,
+    Kind.EXPLAINS: 10,
+    Kind.EXPLAINS_WRONGLY: 4,
+    Kind.BLUNT: 4,
+    Kind.PREACHES: 3,
+    Kind.MALFORMED: 30,
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,8 @@ BROAD = Emphasis(24, 22, 18, 10, 23, 2, 2, _HARMFUL_MIX, _BENIGN_MIX)
 """All tasks; answers about as often of each kind as they will be met."""
 HARD = Emphasis(14, 24, 30, 6, 24, 1, 1, _HARD_HARMFUL_MIX, _HARD_BENIGN_MIX)
 """Mostly feedback, on the kinds of answer that are hard to tell apart."""
+SUBTLE = Emphasis(14, 18, 32, 4, 30, 1, 1, _SUBTLE_HARMFUL_MIX, _SUBTLE_BENIGN_MIX)
+"""Critiques and comparisons of answers that are broken in one place, which are learned last."""
 
 _REVISED_WELL = 0.68
 """Share of right revisions of a harmful answer: one round must leave work for the later phases."""

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from charter.constitution import Constitution, load
 from charter.errors import ConfigError
 from charter.seedmodel import WEIGHTS
-from charter.seedmodel.corpus import BROAD, HARD, NOTE, VERDICTS, Emphasis, Example, write_corpus
+from charter.seedmodel.corpus import BROAD, HARD, NOTE, SUBTLE, VERDICTS, Emphasis, Example, write_corpus
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -46,8 +46,13 @@ class Cycle:
 class Recipe:
     """What the weights depend on."""
 
-    cycles: tuple[Cycle, ...] = (Cycle(84_000, 2e-3, BROAD), Cycle(60_000, 1.5e-3, HARD))
-    """The second cycle is about the feedback that the first leaves half learned."""
+    cycles: tuple[Cycle, ...] = (
+        Cycle(84_000, 2e-3, BROAD),
+        Cycle(60_000, 1.5e-3, HARD),
+        Cycle(60_000, 1.5e-3, HARD),
+        Cycle(45_000, 1e-3, SUBTLE),
+    )
+    """The later cycles are about the feedback that the first leaves half learned."""
     seed: int = 1
     vocabulary: int = 1408
     width: int = 128
