@@ -1,6 +1,6 @@
 # The shipped model, from its recipe.
 .PHONY: seed-model
-seed-model: $(STAMP) ## the shipped model anew from its recipe: half an hour on one core, the same bytes each time
+seed-model: $(STAMP) ## the shipped model anew from its recipe: about an hour on one core, the same bytes each time
 	@OMP_NUM_THREADS=1 $(PY) -m charter.seedmodel.recipe
 
 .PHONY: eval-seed

@@ -139,7 +139,7 @@ def run(
     ] = None,
     learn: Annotated[
         bool | None,
-        typer.Option(help="Learns beside the endpoint. (default: --no-learn)"),
+        typer.Option(help="Learns beside the endpoint. (default: with the seed model and --target all)"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings.")] = None,
     log_level: Annotated[

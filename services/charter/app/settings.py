@@ -65,8 +65,8 @@ class RunSettings:
     """A constitution's name or file; empty: `seed` for the seed model, `charter` for any other."""
     bus: str = "sqlite"
     """`sqlite` (a file in the state folder), `kafka` (a broker started for this run), or a bus URI."""
-    learn: bool = False
-    """Learning beside the endpoint."""
+    learn: bool | None = None
+    """Learning beside the endpoint; null: where the whole system runs here on the seed model."""
     log: LogSettings = field(default_factory=LogSettings)
 
     @property
@@ -174,7 +174,7 @@ def read_deployment(sources: Sources, common: RunSettings, ports: PortReservatio
         }
         gateway = sources.build(GatewayConfig, "gateway", defaults=defaults)
     learning = None
-    if common.learn:
+    if common.learn or (common.learn is None and runs == set(EVERYTHING) and common.model == SEED):
         # The endpoint goes first: learning takes what it leaves over.
         learning = sources.build(CircleConfig, "learning", defaults={"niceness": 10})
     return Deployment(common, gateway, policy, critic, judge, learning)
