@@ -13,6 +13,7 @@ from tests.kafka.support import CACHE, require_tools
 
 from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
 from charter.bus.broker import Broker, BrokerOptions, fetch_kafka, free_port
+from charter.bus.kafka import KafkaBus
 from charter.bus.topics import load_topics
 from charter.errors import BackendUnavailable, CharterError
 
@@ -99,6 +100,20 @@ def test_a_commit_that_the_broker_did_not_live_to_see_happens_once(broker: Broke
         assert bus_values == [b"once"]
         patiently(lambda: bus.publish([Outgoing("in", b"k", b"2")]))
         assert [record.value for record in take(consumer)] == [b"2"]
+
+
+def test_a_group_whose_coordinator_has_moved_is_found_again(broker: Broker, bus: Bus) -> None:
+    from kafka.protocol.metadata import CoordinatorType
+
+    assert isinstance(bus, KafkaBus)
+    bus.publish([Outgoing("in", b"k", b"1")])
+    with bus.consumer("moved", ["in"]) as consumer:
+        consumer.commit(take(consumer))
+    before = bus.positions("moved")
+    known = bus._admin()._manager.cluster._coordinators
+    assert known[CoordinatorType.GROUP, "moved"] == broker.node
+    known[CoordinatorType.GROUP, "moved"] = broker.node + 6  # one that is gone
+    assert patiently(lambda: bus.positions("moved")) == before
 
 
 def test_a_bus_that_was_opened_before_its_broker_works_when_it_is_there(broker: Broker, bus: Bus) -> None:
