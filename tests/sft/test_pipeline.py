@@ -60,14 +60,20 @@ async def _greedy(folder: Path, question: str) -> str:
 def test_the_new_checkpoint_answers_as_the_revisions_do(revisions: Path, tmp_path: Path) -> None:
     import asyncio
 
-    seen: set[str] = set()
+    seen: dict[str, list[str]] = {}
     sources = Sources(
         str(make_tiny_model(tmp_path / "tiny", spread=0.05)), (revisions,), helpful=(_asked("cup"),) * 9
     )
-    outcome = run(sources, CONFIG, tmp_path / "new", note=lambda what, done, total, remark: seen.add(what))
+
+    def note(what: str, done: int, total: int, remark: str) -> None:
+        seen.setdefault(what, []).append(remark)
+
+    outcome = run(sources, CONFIG, tmp_path / "new", note=note)
     assert outcome.mixture.revisions == outcome.changed == 12
     assert outcome.constitution_digests == ("c0ffee",)
-    assert seen == {"own answers", "training"}
+    assert seen.keys() == {"own answers", "training"}
+    assert seen["training"][0] == "", "no loss is known yet"
+    assert 0 < float(seen["training"][-1].removeprefix("loss ")) < 5
     assert not (tmp_path / "new.work").exists()
     assert asyncio.run(_greedy(tmp_path / "new", "open door 99")).strip() == "I will not help with that."
 

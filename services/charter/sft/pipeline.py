@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,9 @@ def _train(
     stop: Callable[[], bool],
 ) -> Trained:
     def report(progress: Progress) -> None:
-        note("training", progress.step, progress.steps, f"loss {progress.loss:.3f}")
+        # Before the first entry of the log nothing is known of it.
+        remark = f"loss {progress.loss:.3f}" if math.isfinite(progress.loss) else ""
+        note("training", progress.step, progress.steps, remark)
 
     return train(
         vocabulary, mixture, config, target, work=work / "trainer", report=report, stop=stop, logs=logs
