@@ -195,7 +195,6 @@ def _draw_score(axis: Any, record: Record) -> None:
     right = axis.twinx()
     right.plot(x, [s["kl_per_answer"] for s in record.steps], color=_BLUE)
     right.set_ylabel("KL, nats per answer", color=_BLUE)
-    right.set_ylim(bottom=0)
 
 
 def _draw_health(axis: Any, record: Record) -> None:

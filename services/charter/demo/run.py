@@ -115,7 +115,9 @@ async def run(config: CircleConfig, places: Places, held: Held, tell: Tell) -> R
             case Kind.BUSY:
                 record.busy[news.values["who"]].append((news.values["begin"], news.values["end"]))
             case Kind.GATE if news.values["measurements"]:
-                record.gate.append(dict(news.values))
+                decided = dict(news.values)  # told again when it serves: the last word on each counts
+                record.gate = [g for g in record.gate if g["checkpoint"] != decided["checkpoint"]]
+                record.gate.append(decided)
             case _:
                 pass
 
