@@ -94,7 +94,8 @@ class CircleConfig:
     reward_learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(threads=1, niceness=0))
     ppo: PPOConfig = field(default_factory=_ppo)
     watch: WatchConfig = field(default_factory=WatchConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: GateConfig = field(default_factory=lambda: GateConfig(concurrency=6))
+    """Few questions in flight: the gate shares critic and judge with the labels that PPO waits for."""
 
     def __post_init__(self) -> None:
         if min(self.revisions, self.first_pairs, self.labels_per_step, self.checkpoint_every) < 1:
