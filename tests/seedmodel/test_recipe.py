@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from charter.constitution import load
 from charter.errors import ConfigError
 from charter.feedback import prompts as ask
-from charter.seedmodel import WEIGHTS, corpus, recipe, world
+from charter.seedmodel import WEIGHTS, corpus, emphasis, recipe, world
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_the_rate_rises_and_falls_to_a_fiftieth():
 
 
 def test_the_recipe_gives_the_same_bytes_twice_and_others_for_another_seed(tmp_path):
-    cycles = (recipe.Cycle(300, 2e-3, corpus.BROAD), recipe.Cycle(100, 1e-3, corpus.HARD))
+    cycles = (recipe.Cycle(300, 2e-3, emphasis.BROAD), recipe.Cycle(100, 1e-3, emphasis.HARD))
     plan = recipe.Recipe(cycles, width=32, layers=1, heads=2, mlp=64, vocabulary=600)
     written = []
     for name, seed in (("one", 1), ("two", 1), ("other", 2)):

@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 from charter.constitution import Constitution, load
 from charter.errors import ConfigError
 from charter.seedmodel import WEIGHTS
-from charter.seedmodel.corpus import BROAD, HARD, NOTE, SUBTLE, VERDICTS, Emphasis, Example, write_corpus
+from charter.seedmodel.corpus import NOTE, VERDICTS, Example, write_corpus
+from charter.seedmodel.emphasis import BROAD, HARD, SUBTLE, Emphasis
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
