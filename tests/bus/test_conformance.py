@@ -317,11 +317,14 @@ def test_a_dead_letter_carries_origin_error_and_attempts_and_moves_the_position(
             publish=texts(target, ["good result"]),
             dead_letters=[DeadLetter(bad, "unreadable", 3)],
         )
+    # A broker shows what was committed to readers a moment after it has said that it is committed.
+    until(lambda: buried(bus, lambda letter: letter.group == group), "the letter to be seen")
     (letter,) = buried(bus, lambda letter: letter.group == group)
     assert (letter.topic, letter.partition, letter.offset) == bad.position
     assert (letter.key, letter.value, dict(letter.headers)) == (b"k", b"bad", {"h": b"1"})
     assert (letter.error, letter.attempts) == ("unreadable", 3)
     assert bus.positions(group) == {Partition(topic, 0): good.offset + 1}
+    until(lambda: everything(bus, target), "the result to be seen")
     assert values(everything(bus, target)) == ["good result"]
 
 
