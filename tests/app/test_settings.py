@@ -65,6 +65,23 @@ def test_targets_are_put_into_the_order_in_which_they_start() -> None:
     assert len(read_common(Sources(flags={"target": "all"})).targets) == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "learns"),
+    [
+        ({}, True),
+        ({"learn": False}, False),
+        ({"target": "policy,critic,gateway"}, False),
+        ({"model": "own"}, False),
+        ({"model": "own", "learn": True}, True),
+    ],
+)
+def test_the_whole_system_learns_on_the_seed_model_and_others_when_told(
+    model: Path, flags: dict[str, object], learns: bool
+) -> None:
+    own = {"model": str(model)} if "model" in flags else {}
+    assert (_read({**flags, **own}).learning is not None) is learns
+
+
 def test_another_model_is_held_to_the_general_constitution_by_its_own_first_weights(model: Path) -> None:
     common = read_common(Sources(flags={"model": str(model)}))
     assert common.constitution_name == "charter"
