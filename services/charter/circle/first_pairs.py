@@ -33,6 +33,7 @@ from charter.trainer.labels import GROUP as TRAINER
 from charter.v1 import events_pb2, types_pb2
 
 _CHUNK = 32
+_READ, _PATIENCE_S = 500, 2.0
 _EVERY = 3
 """One pair in so many has an answer with another's opening."""
 _OPENING_WORDS = 4
@@ -50,7 +51,7 @@ async def label(
 
     They are published in the prompts' order, so that their count tells which they are, also after a kill.
     """
-    done = sum(b.end - b.first for b in bus.bounds(PREFERENCES).values())
+    done = await asyncio.to_thread(_published, bus)
     gate = asyncio.Semaphore(config.concurrency)
 
     async def one(number: int) -> Outgoing:
@@ -65,6 +66,20 @@ async def label(
             batch = [await task for task in made[start : start + _CHUNK]]
             await asyncio.to_thread(bus.publish, batch)
             report(done + start + len(batch), len(prompts))
+
+
+def _published(bus: Bus) -> int:
+    """Records of the topic. Offsets do not tell: on a broker the marker of each transaction takes one."""
+    count = 0
+    for partition, bounds in bus.bounds(PREFERENCES).items():
+        offset = bounds.first
+        while offset < bounds.end:
+            found = bus.fetch(PREFERENCES, partition, offset, _READ, timeout=_PATIENCE_S)
+            if not found:  # markers alone are left
+                break
+            count += len(found)
+            offset = found[-1].offset + 1
+    return count
 
 
 async def _labelled(
