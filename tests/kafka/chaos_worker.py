@@ -23,7 +23,7 @@ from charter.bus import ConsumerOptions, Outgoing, Record, open_bus
 from charter.bus.messages import decode, encode
 from charter.bus.worker import Backoff, Handler, Worker, WorkerOptions
 from charter.errors import BackendUnavailable
-from charter.telemetry.logs import configure
+from charter.telemetry.logs import configure, get_logger
 from charter.v1 import events_pb2
 
 ANSWERS = 4
@@ -87,7 +87,8 @@ def train(uri: str, manifest: Path) -> None:
                     if records:
                         positions[partition] = records[-1].offset + 1
                     found += len(records)
-            except BackendUnavailable:
+            except BackendUnavailable as error:
+                get_logger(__name__).warning("the log is unavailable", error=str(error))
                 time.sleep(0.5)
                 continue
             if found:

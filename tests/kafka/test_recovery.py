@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from kafka.future import Future
 from tests.kafka.support import CACHE, require_tools
 
 from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
@@ -110,10 +111,37 @@ def test_a_group_whose_coordinator_has_moved_is_found_again(broker: Broker, bus:
     with bus.consumer("moved", ["in"]) as consumer:
         consumer.commit(take(consumer))
     before = bus.positions("moved")
-    known = bus._admin()._manager.cluster._coordinators
+    known = bus._clients.admin._manager.cluster._coordinators
     assert known[CoordinatorType.GROUP, "moved"] == broker.node
     known[CoordinatorType.GROUP, "moved"] = broker.node + 6  # one that is gone
     assert patiently(lambda: bus.positions("moved")) == before
+
+
+def test_a_broker_that_was_late_when_all_restarted_is_found(bus: Bus) -> None:
+    assert isinstance(bus, KafkaBus)
+    bus.publish([Outgoing("in", b"k", b"1")])
+    before = bus.bounds("in")
+    # What the client knows after a restart of all brokers in which the partition's leader came last.
+    bus._clients.admin._manager.cluster._brokers.clear()
+    with pytest.raises(BackendUnavailable):
+        bus.bounds("in")
+    assert bus.bounds("in") == before
+
+
+def test_a_call_that_never_ends_is_given_up_and_the_next_one_works(bus: Bus) -> None:
+    assert isinstance(bus, KafkaBus)
+    bus.publish([Outgoing("in", b"k", b"1")])
+    before = bus.bounds("in")
+    admin = bus._clients.admin
+
+    async def forever(*_: object) -> None:
+        await Future()
+
+    admin._async_list_partition_offsets = forever
+    with pytest.raises(BackendUnavailable, match="reading the bounds of in"):
+        bus.bounds("in")
+    assert bus.bounds("in") == before
+    assert bus._clients.admin is not admin
 
 
 def test_a_bus_that_was_opened_before_its_broker_works_when_it_is_there(broker: Broker, bus: Bus) -> None:

@@ -28,6 +28,9 @@ BATCH_BYTES = 1024 * 1024
 OVERHEAD_BYTES = BATCH_BYTES + 64 * 1024
 """What a topic's `max.message.bytes` allows beyond the largest message: a whole batch, headers included."""
 
+METADATA_AGE_MS = 10_000
+"""How soon new partitions of a topic, and brokers that came meanwhile, are known."""
+
 PASSWORD_VARIABLE = "CHARTER_KAFKA_PASSWORD"  # noqa: S105 - the name of the variable
 
 _COMPRESSIONS = ("none", "gzip", "lz4")
@@ -116,6 +119,7 @@ class KafkaOptions:
             "bootstrap_timeout_ms": int(self.timeout_s * 1000),
             "request_timeout_ms": int(self.timeout_s * 1000),
             "reconnect_backoff_max_ms": 1000,
+            "metadata_max_age_ms": METADATA_AGE_MS,
         }
         if self.tls:
             settings |= {
@@ -155,7 +159,6 @@ class KafkaOptions:
             "auto_offset_reset": "earliest",
             "isolation_level": "read_committed",
             "allow_auto_create_topics": False,
-            "metadata_max_age_ms": 10_000,  # how soon new partitions of a topic are seen
         }
 
 

@@ -19,6 +19,7 @@ from typing import Any, Self
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 
+from charter.bus._kafka_calls import opened
 from charter.bus._kafka_client import KafkaOptions, translate, translated
 from charter.bus._kafka_join import remember_joins
 from charter.bus._kafka_producer import TransactionalProducer, Undecided
@@ -81,7 +82,8 @@ class KafkaGroupConsumer:
         self._closed = False
         self._last_poll = time.monotonic()
         with translated(options.where, f"joining group {group!r}"):
-            self._client = Client(**_settings(options, group, member if named else None, consumer_options))
+            settings = _settings(options, group, member if named else None, consumer_options)
+            self._client = opened(Client, options, settings)
             remember_joins(self._client._coordinator)
             self._client.subscribe(list(topics), listener=_Listener(self._on_lost))
         self._keeper = threading.Thread(target=self._keep, name=f"charter-bus-{group}-{member}", daemon=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from kafka.structs import OffsetAndMetadata
 
+from charter.bus._kafka_calls import opened
 from charter.bus._kafka_client import KafkaOptions, translate, translated
 from charter.bus.base import Outgoing, Partition, Position, TopicSpec, partition_for
 from charter.errors import BackendUnavailable, BusError, CharterError
@@ -97,7 +98,9 @@ class TransactionalProducer:
         with self._lock:
             if self._producer is None:
                 with translated(self._options.where, f"opening {self.transactional_id}"):
-                    producer = KafkaProducer(**self._options.producer(self.transactional_id))
+                    producer = opened(
+                        KafkaProducer, self._options, self._options.producer(self.transactional_id)
+                    )
                     try:
                         producer.init_transactions()
                     except BaseException:
@@ -124,13 +127,13 @@ class TransactionalProducer:
         with self._lock:
             producer, self._producer = self._producer, None
             if producer is not None:
-                producer.close(timeout=5)
+                _discard(producer, 5.0)
 
 
-def _discard(producer: KafkaProducer) -> None:
-    """Closes a producer without waiting for what it still wanted to send."""
+def _discard(producer: KafkaProducer, timeout_s: float = 0.0) -> None:
+    """Closes a producer without waiting for long for what it still wanted to send."""
     try:
-        producer.close(timeout=0)
+        producer.close(timeout=timeout_s)
     except kafka_errors.KafkaError:
         producer._sender.force_close()
         producer._closed = True

@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -22,10 +23,10 @@ from typing import Any, Self
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.protocol.consumer import IsolationLevel
 
+from charter.bus._kafka_calls import Clients
 from charter.bus._kafka_client import OVERHEAD_BYTES, KafkaOptions, translated
 from charter.bus._kafka_consumer import KafkaGroupConsumer, to_record
 from charter.bus._kafka_lag import Backlog
-from charter.bus._kafka_positions import StableAdmin
 from charter.bus._kafka_positions import positions as read_positions
 from charter.bus._kafka_producer import TransactionalProducer, Undecided, check_messages
 from charter.bus.base import (
@@ -41,8 +42,7 @@ from charter.bus.base import (
     TopicSpec,
 )
 from charter.bus.topics import plan_topics
-from charter.errors import BusError
-from kafka import KafkaConsumer as Client
+from charter.errors import BackendUnavailable, BusError
 from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
@@ -63,8 +63,7 @@ class KafkaBus:
         self._publisher = TransactionalProducer(options, f"charter-publisher-{self._name}")
         self._publications = 0
         self._undecided: tuple[tuple[Outgoing, ...], dict[Partition, int], list[Position]] | None = None
-        self._admin_client: StableAdmin | None = None
-        self._reader_client: Client | None = None
+        self._clients = Clients(options)
         self._consumers: list[KafkaGroupConsumer] = []
         self._backlogs: dict[tuple[str, Partition], Backlog] = {}
         self._topics: dict[str, TopicSpec] = {}
@@ -154,7 +153,7 @@ class KafkaBus:
         place = TopicPartition(topic, partition)
         deadline = time.monotonic() + timeout
         while True:
-            with self._lock, translated(self.options.where, f"reading {topic}/{partition}"):
+            with self._calling(f"reading {topic}/{partition}"):
                 end = self._offsets([place], _LATEST)[place]
                 records = self._read(place, offset, end, max_records) if offset < end else []
             if records or time.monotonic() >= deadline:
@@ -163,7 +162,7 @@ class KafkaBus:
 
     def _read(self, place: Any, offset: int, end: int, max_records: int) -> list[Record]:
         """Records from `offset` on; empty when only holes lie between it and `end`."""
-        reader = self._reader()
+        reader = self._clients.reader
         first = self._offsets([place], _EARLIEST)[place]
         reader.assign([place])
         reader.seek(place, max(offset, first))
@@ -178,28 +177,28 @@ class KafkaBus:
     def bounds(self, topic: str) -> dict[int, Bounds]:
         """See `Bus.bounds`."""
         places = self._places(topic)
-        with self._lock, translated(self.options.where, f"reading the bounds of {topic}"):
+        with self._calling(f"reading the bounds of {topic}"):
             first, end = self._offsets(places, _EARLIEST), self._offsets(places, _LATEST)
         return {place.partition: Bounds(first[place], end[place]) for place in places}
 
     def positions(self, group: str) -> dict[Partition, int]:
         """See `Bus.positions`."""
         places = [place for name in self._specs([]) for place in self._places(name)]
-        with self._lock, translated(self.options.where, f"reading the positions of group {group!r}"):
-            return read_positions(self._admin(), group, places, self.options.timeout_s)
+        with self._calling(f"reading the positions of group {group!r}"):
+            return read_positions(self._clients.admin, group, places, self.options.timeout_s)
 
     def lag(self, group: str, topics: Sequence[str]) -> list[Lag]:
         """See `Bus.lag`. Exact for a short backlog, an upper bound for a long one (`_kafka_lag`)."""
         places = [place for topic in topics for place in self._places(topic)]
-        with self._lock, translated(self.options.where, f"reading the positions of group {group!r}"):
+        with self._calling(f"reading the positions of group {group!r}"):
             # A transaction that its dead owner left open must not keep others from knowing roughly.
-            positions = read_positions(self._admin(), group, places, 0.2, or_visible=True)
+            positions = read_positions(self._clients.admin, group, places, 0.2, or_visible=True)
         lags = []
         for topic in topics:
             for partition, bounds in self.bounds(topic).items():
                 place = Partition(topic, partition)
                 position = max(positions.get(place, 0), bounds.first)
-                with self._lock, translated(self.options.where, f"reading {topic}/{partition}"):
+                with self._calling(f"reading {topic}/{partition}"):
                     backlog = self._backlogs.setdefault((group, place), Backlog())
                     records, oldest = backlog.count(place, position, bounds.end, self._read_place)
                 lags.append(Lag(group, topic, partition, position, bounds.end, records, oldest))
@@ -216,18 +215,18 @@ class KafkaBus:
         """See `Bus.apply_topics`."""
         changes = self.plan_topics(specs)
         wanted = {spec.name: spec for spec in specs}
-        with self._lock, translated(self.options.where, "changing topics"):
+        with self._calling("changing topics"):
             for change in changes:
                 self._apply(change, wanted[change.topic])
             created = [change.topic for change in changes if change.action == "create"]
             if created:
-                self._admin().wait_for_topics(created, timeout_ms=int(self.options.timeout_s * 1000))
+                self._clients.admin.wait_for_topics(created, timeout_ms=int(self.options.timeout_s * 1000))
         if changes:
             self._topics_read = -TOPICS_AGE_S
         return changes
 
     def _apply(self, change: TopicChange, spec: TopicSpec) -> None:
-        admin = self._admin()
+        admin = self._clients.admin
         if change.action == "create":
             options = {
                 "num_partitions": spec.partitions,
@@ -248,13 +247,13 @@ class KafkaBus:
 
     def topics(self) -> dict[str, TopicSpec]:
         """See `Bus.topics`."""
-        with self._lock, translated(self.options.where, "reading topics"):
-            described = self._admin().describe_topics()
+        with self._calling("reading topics"):
+            described = self._clients.admin.describe_topics()
             partitions = {t["name"]: len(t["partitions"]) for t in described if not t["name"].startswith("_")}
             if not partitions:
                 return {}
             resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in partitions]
-            configs = self._admin().describe_configs(resources, config_filter="all")["topic"]
+            configs = self._clients.admin.describe_configs(resources, config_filter="all")["topic"]
             self._topics = {name: _from_configs(name, n, configs[name]) for name, n in partitions.items()}
             self._topics_read = time.monotonic()
             return dict(self._topics)
@@ -277,20 +276,21 @@ class KafkaBus:
         return [TopicPartition(topic, p) for p in range(_spec(self._specs([topic]), topic).partitions)]
 
     def _offsets(self, places: Sequence[Any], which: int) -> dict[Any, int]:
-        answer = self._admin().list_partition_offsets(
+        answer = self._clients.admin.list_partition_offsets(
             dict.fromkeys(places, which), isolation_level=IsolationLevel.READ_COMMITTED
         )
         return {place: answer[place].offset for place in places}
 
-    def _admin(self) -> StableAdmin:
-        if self._admin_client is None:
-            self._admin_client = StableAdmin(**self.options.common())
-        return self._admin_client
-
-    def _reader(self) -> Client:
-        if self._reader_client is None:
-            self._reader_client = Client(**self.options.consumer())
-        return self._reader_client
+    @contextmanager
+    def _calling(self, doing: str) -> Iterator[None]:
+        """One call of the cluster at a time; clients that could not do it are given up."""
+        with self._lock:
+            try:
+                with translated(self.options.where, doing):
+                    yield
+            except BackendUnavailable:
+                self._clients.give_up()
+                raise
 
     def close(self) -> None:
         """See `Bus.close`."""
@@ -298,11 +298,7 @@ class KafkaBus:
             consumer.close()
         with self._lock:
             self._publisher.close()
-            clients = [self._admin_client, self._reader_client]
-            self._admin_client = self._reader_client = None
-        for client in clients:
-            if client is not None:
-                client.close()
+            self._clients.give_up()
 
     def __enter__(self) -> Self:
         return self
