@@ -10,6 +10,7 @@ import torch
 
 from charter.bus import open_bus
 from charter.bus.messages import encode
+from charter.bus.worker import Backoff
 from charter.lm.base import ChatMessage, ModelVersion, Role
 from charter.lm.checkpoint import tokenizer_digest
 from charter.registry import Facts, Kind, Registry, Status
@@ -91,24 +92,35 @@ def _answer(rng, text):
 
 def settings(folder: Path, **options) -> TrainerConfig:
     ppo = PPOConfig(learning_rate=1e-3, epochs=2, mini_batches=2, micro_batch_tokens=128)
-    options = {"labels_per_step": 6, "checkpoint_every": 2, "steps": 6, "watch": WIDE_AWAKE, **options}
+    defaults = {"labels_per_step": 6, "checkpoint_every": 2, "steps": 6, "watch": WIDE_AWAKE, "ppo": ppo}
     return TrainerConfig(
         registry=str(folder / "checkpoints"),
         bus=f"sqlite:{folder}/bus.db",
         work=folder / "work",
-        ppo=ppo,
-        **options,
+        **{**defaults, **options},
     )
 
 
-def run(folder: Path, rewards=None, report=None, **options) -> Trainer:
-    """One trainer process's life, in this process."""
+def run(folder: Path, rewards=None, report=None, prepared=None, until=None, **options) -> Trainer:
+    """One trainer process's life, in this process; it is told to stop when the event `until` is set."""
     torch.set_num_threads(1)
     config = settings(folder, **options)
     trainer = Trainer(config, Registry(config.registry))
+    if prepared:
+        prepared(trainer)
     with open_bus(config.bus) as bus:
-        asyncio.run(TrainerWorker(bus, trainer, rewards or Scorer(), report=report).run())
+        worker = TrainerWorker(bus, trainer, rewards or Scorer(), report=report, backoff=Backoff(0.05, 0.2))
+        asyncio.run(_lives(worker, until))
     return trainer
+
+
+async def _lives(worker: TrainerWorker, until) -> None:
+    running = asyncio.create_task(worker.run())
+    while until is not None and not running.done():
+        if await asyncio.to_thread(until.wait, 0.05):
+            worker.stop()
+            break
+    await running
 
 
 def run_in_process(folder: str) -> None:

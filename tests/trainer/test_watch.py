@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.trainer.world import VOCABULARY, config, llama, value_model
+from tests.trainer.world import VOCABULARY, config, llama, sample, value_model
 
 from charter.errors import TrainingStopped
 from charter.trainer.config import WatchConfig
@@ -104,23 +104,6 @@ def test_near_duplicates_count_only_between_prompts():
 REFUSAL, LENGTH = 5, 4
 
 
-@torch.no_grad()
-def _sample(policy, prompts, generator):
-    """Answers and their log-probs."""
-    ids, logp = torch.tensor(prompts), []
-    for _ in range(LENGTH):
-        segments = (ids.shape[1],) * len(ids)
-        positions = torch.arange(ids.shape[1]).repeat(len(ids))[None]
-        logits = policy(
-            input_ids=ids.reshape(1, -1), position_ids=positions, use_cache=False, segments=segments
-        ).logits[0]
-        last = logits.reshape(len(ids), ids.shape[1], -1)[:, -1].log_softmax(-1)
-        drawn = torch.multinomial(last.exp(), 1, generator=generator)
-        ids = torch.cat((ids, drawn), 1)
-        logp.append(last.gather(1, drawn))
-    return ids[:, len(prompts[0]) :].tolist(), torch.cat(logp, 1).tolist()
-
-
 def _run(reward, watch, steps=40, **options):
     """PPO of a tiny model on its own samples until the watch stops it."""
     updater = Updater(
@@ -129,7 +112,7 @@ def _run(reward, watch, steps=40, **options):
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         prompts = torch.randint(6, VOCABULARY, (24, 3), generator=generator).tolist()
-        answers, logp = _sample(updater.policy, prompts, generator)
+        answers, logp = sample(updater.policy, prompts, generator, LENGTH)
         frozen = [
             Rollout(f"{i}", tuple(p), tuple(a), tuple(lp), reward(a))
             for i, (p, a, lp) in enumerate(zip(prompts, answers, logp, strict=True))

@@ -55,6 +55,23 @@ def own_logprobs(model, prompt, answer, temperature=1.0):
     return tuple(logp.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1).tolist())
 
 
+@torch.no_grad()
+def sample(policy, prompts, generator, length):
+    """Answers of a policy in training to prompts of one length, and the log-probs of their tokens."""
+    ids, logp = torch.tensor(prompts), []
+    for _ in range(length):
+        segments = (ids.shape[1],) * len(ids)
+        positions = torch.arange(ids.shape[1]).repeat(len(ids))[None]
+        logits = policy(
+            input_ids=ids.reshape(1, -1), position_ids=positions, use_cache=False, segments=segments
+        ).logits[0]
+        last = logits.reshape(len(ids), ids.shape[1], -1)[:, -1].log_softmax(-1)
+        drawn = torch.multinomial(last.exp(), 1, generator=generator)
+        ids = torch.cat((ids, drawn), 1)
+        logp.append(last.gather(1, drawn))
+    return ids[:, len(prompts[0]) :].tolist(), torch.cat(logp, 1).tolist()
+
+
 def rollouts(model, n=12, seed=0, temperature=1.0, noise=0.0, **fields):
     rng = random.Random(seed)
     made = []

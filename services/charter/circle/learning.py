@@ -210,6 +210,7 @@ async def _train(
         labels_per_step=config.labels_per_step,
         checkpoint_every=config.checkpoint_every,
         steps=config.steps,
+        constitution=places.constitution,
         ppo=replace(config.ppo, seed=config.seed),
         watch=config.watch,
     )

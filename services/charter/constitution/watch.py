@@ -69,10 +69,14 @@ class ConstitutionInForce:
         with _on_hangup(self.reload):
             while True:
                 await asyncio.sleep(every_s)
-                stamp = _stamp(self._name)
-                if stamp != self._stamp:
-                    self._stamp = stamp
-                    self.reload()
+                self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the file if it changed."""
+        stamp = _stamp(self._name)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self.reload()
 
     def _load(self) -> Constitution:
         try:

@@ -185,6 +185,9 @@ class TrainerConfig:
     """The training ends after this many steps of the lineage; 0: never."""
     constitution_digest: str = ""
     """Labels that were given under another constitution go to the dead letters; empty takes all."""
+    constitution: str = ""
+    """In place of `constitution_digest`: name or file of the constitution in force, read again when it
+    changes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the models; log-probs and losses are float32 in any case."""
     refusal_openings: tuple[str, ...] = REFUSAL_OPENINGS
@@ -200,3 +203,5 @@ class TrainerConfig:
             raise ConfigError(
                 "labels_per_step and checkpoint_every must be at least 1, and steps must not be negative"
             )
+        if self.constitution and self.constitution_digest:
+            raise ConfigError("constitution and constitution_digest say the same thing; give one of them")

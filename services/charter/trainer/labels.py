@@ -74,13 +74,14 @@ def label_of(record: Record, limits: Limits) -> Label | None:
     if limits.tokenizer_digest and event.policy.tokenizer_digest not in ("", limits.tokenizer_digest):
         raise MalformedMessage(
             f"{name} was made with the tokenizer {event.policy.tokenizer_digest[:12]}, and the policy in "
-            f"training has {limits.tokenizer_digest[:12]}; its token ids mean other words here"
+            f"training has {limits.tokenizer_digest[:12]}; its token ids mean other words here: sample the "
+            "prompt again from this policy"
         )
     if limits.constitution_digest and event.constitution_digest != limits.constitution_digest:
         raise MalformedMessage(
             f"{name} was given under the constitution {event.constitution_digest[:12]}, and "
-            f"{limits.constitution_digest[:12]} is in force; judge the rollout again, or set "
-            "constitution_digest to take it"
+            f"{limits.constitution_digest[:12]} is in force; judge the rollout again, or let "
+            "the trainer's option constitution be empty to take it"
         )
     answers = (event.answer_a, event.answer_b)
     first, second = (_rollout(event, side, answer) for side, answer in zip("ab", answers, strict=True))
@@ -110,8 +111,8 @@ def _rollout(event: events_pb2.PreferenceEvent, side: str, answer: types_pb2.Com
     )
 
 
-def take(bus: Bus, positions: Positions, count: int, limits: Limits) -> Take | None:
-    """The next `count` labels that can teach, or None while the log does not hold as many.
+def take(bus: Bus, positions: Positions, count: int, limits: Limits) -> Take:
+    """The next `count` labels that can teach; fewer where the log does not hold as many.
 
     Reads, and changes nothing.
     """
@@ -120,7 +121,7 @@ def take(bus: Bus, positions: Positions, count: int, limits: Limits) -> Take | N
     turn = list(readers)
     while len(sorting.labels) < count:
         if not turn:
-            return None
+            break
         partition = turn.pop(0)
         record = readers[partition].next(count)
         if record is not None:

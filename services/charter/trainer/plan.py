@@ -29,6 +29,8 @@ class Plan:
     scores: tuple[tuple[float, float], ...]
     """Of both answers of each label."""
     reward_digest: str
+    constitution: str = ""
+    """Digest of the one under which the labels were taken."""
 
 
 class Plans:
@@ -49,6 +51,7 @@ class Plans:
                 {str(p): int(o) for p, o in record["positions"].items()},
                 tuple((float(a), float(b)) for a, b in record["scores"]),
                 str(record["reward_digest"]),
+                str(record.get("constitution", "")),
             )
         except FileNotFoundError:
             return None

@@ -40,7 +40,9 @@ class Rollout:
         if not self.prompt_ids:
             raise RequestError(f"{where} has no prompt tokens; the first answer token needs one to follow")
         if not self.answer_ids:
-            raise RequestError(f"{where} has an empty answer; nothing can be learned from it")
+            raise RequestError(
+                f"{where} has an empty answer, from which nothing can be learned; sample it again"
+            )
         if len(self.behaviour_logprobs) != len(self.answer_ids):
             raise RequestError(
                 f"{where} has {len(self.answer_ids)} answer tokens and {len(self.behaviour_logprobs)} "
@@ -62,5 +64,8 @@ class Rollout:
                 "another tokenizer"
             )
         if self.tokens > context:
-            raise RequestError(f"{where} has {self.tokens} tokens; the policy's context holds {context}")
+            raise RequestError(
+                f"{where} has {self.tokens} tokens; the policy's context holds {context}: shorten the "
+                "prompt, or lower the sampler's max_tokens"
+            )
         return self

@@ -14,10 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
+from charter.constitution.watch import ConstitutionInForce
 from charter.finetune.checkpoints import copy_tokenizer
 from charter.lm.checkpoint import tokenizer_digest
 from charter.registry import Facts, Kind, Labels, Manifest, Registry, Status
 from charter.telemetry.logs import get_logger
+from charter.telemetry.metrics import ConstitutionMetrics
 from charter.trainer import state
 from charter.trainer.algorithm.metrics import UpdateMetrics
 from charter.trainer.config import TrainerConfig
@@ -28,6 +32,7 @@ from charter.trainer.update import Updater
 from charter.trainer.watch import Watch, observe
 
 _log = get_logger(__name__)
+_WATCH = f"{state.TRAINER_FOLDER}/watch.json"
 
 
 class Trainer:
@@ -40,6 +45,7 @@ class Trainer:
         logging.disable_progress_bar()
         self.config = config
         self.registry = registry
+        self._constitution = _in_force(config.constitution) if config.constitution else None
         newest = newest_of_lineage(registry)
         folder = registry.resolve(newest.id) if newest else None
         self._origin = Origin.read(folder) if folder else Origin.of(config, registry)
@@ -56,7 +62,7 @@ class Trainer:
         if newest and folder:
             state.load(self._updater, folder)
             self.positions = _by_partition(_spent(registry, newest))
-        self._watch = Watch(config.watch)
+        self._watch = Watch.read(folder / _WATCH, config.watch) if folder else Watch(config.watch)
         self._since: list[tuple[Label, tuple[float, float]]] = []
         self._first_positions: Positions = dict(self.positions)
         self._reward_digest = ""
@@ -84,8 +90,14 @@ class Trainer:
             self._updater.vocabulary,
             self._updater.context,
             tokenizer_digest(self._base),
-            self.config.constitution_digest,
+            self._constitution_digest(),
         )
+
+    def _constitution_digest(self) -> str:
+        if self._constitution is None:
+            return self.config.constitution_digest
+        self._constitution.refresh()
+        return self._constitution.current.digest
 
     def learn(self, taken: Take, scores: Sequence[tuple[float, float]], reward_digest: str) -> UpdateMetrics:
         """One PPO step. Raises `TrainingStopped` when the run has gone wrong; then nothing may be saved."""
@@ -151,6 +163,7 @@ class Trainer:
         self._told("save", folder)
         copy_tokenizer(self._base, folder)
         inner = folder / state.TRAINER_FOLDER
+        self._watch.write(folder / _WATCH)
         (inner / "origin.json").write_text(json.dumps(dataclasses.asdict(self._origin)) + "\n")
         with (inner / "labels.jsonl").open("w") as stream:
             for label, scores in self._since:
@@ -212,6 +225,11 @@ def _spent(registry: Registry, start: Manifest) -> Mapping[str, int]:
             for place, offset in manifest.facts.positions.items():
                 positions[place] = max(offset, positions.get(place, 0))
     return positions
+
+
+def _in_force(constitution: str) -> ConstitutionInForce:
+    metrics = ConstitutionMetrics.of(CollectorRegistry())
+    return ConstitutionInForce(constitution, "trainer", metrics, lambda _: None)
 
 
 def _accelerator(precision: str) -> Any:

@@ -7,13 +7,15 @@ nothing. What went wrong is said in words a person can act on. The last good che
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from charter.errors import TrainingStopped
+from charter.errors import CheckpointError, TrainingStopped
 from charter.trainer.algorithm.metrics import UpdateMetrics
 from charter.trainer.config import WatchConfig
 
@@ -235,3 +237,22 @@ class Watch:
         if len(first) < self.config.baseline_steps:
             first = (*first, seen)
         return replace(self, first=first, objections=objections)
+
+    def write(self, file: Path) -> None:
+        """Keeps what has been seen: a run that goes on is measured by how its lineage began."""
+        seen = {"objections": self.objections, "first": [asdict(o) for o in self.first]}
+        file.write_text(json.dumps(seen, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, file: Path, config: WatchConfig) -> Watch:
+        """What `write` kept; a new watch where a checkpoint has none. Raises `CheckpointError`."""
+        try:
+            seen = json.loads(file.read_text())
+            first = tuple(Observation(**o) for o in seen["first"])
+            return cls(config, first[: config.baseline_steps], int(seen["objections"]))
+        except FileNotFoundError:
+            return cls(config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}); resume from the checkpoint's parent"
+            ) from error

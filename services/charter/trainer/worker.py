@@ -8,16 +8,19 @@ steps behind it are repeated by their plans, so each label is learned from once 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from charter.bus import Bus, Consumer, Outgoing
 from charter.bus.worker import Backoff
-from charter.errors import BackendError, BackendUnavailable, Fenced, Overloaded
+from charter.errors import BackendError, BackendUnavailable, Fenced, Overloaded, TrainingStopped
 from charter.registry import Manifest, Status
 from charter.registry.events import announcement
 from charter.telemetry.logs import get_logger
@@ -66,6 +69,7 @@ class TrainerWorker:
         self._stopping = asyncio.Event()
         self._torch = ThreadPoolExecutor(1, "trainer")
         self._last: UpdateMetrics | None = None
+        self._unfit = 0
 
     def stop(self) -> None:
         """Finishes the step in hand, saves, and lets `run` return; from the event loop's thread."""
@@ -102,13 +106,18 @@ class TrainerWorker:
         plan = await asyncio.to_thread(self._plans.find, trainer.parent, trainer.step)
         if plan is not None:
             places, positions = plan.places, trainer.positions
-            again = await self._patiently(lambda: take_again(self._bus, places, positions, limits))
+            then = replace(limits, constitution_digest=plan.constitution)
+            again = await self._patiently(lambda: take_again(self._bus, places, positions, then))
             return again, plan
         taken = await self._patiently(
             lambda: take(self._bus, trainer.positions, self._config.labels_per_step, limits)
         )
-        if taken is None:
+        if len(taken.labels) < self._config.labels_per_step:
+            self._tell_unfit(taken)
             await self._sleep(_IDLE_S)
+            return None
+        self._unfit = 0
+        if trainer.limits != limits:  # another constitution meanwhile: look at the labels again
             return None
         scored = await self._scored(taken.labels, limits.tokenizer_digest)
         if scored is None:
@@ -121,9 +130,22 @@ class TrainerWorker:
             {str(p): o for p, o in taken.positions.items()},
             tuple(scores),
             digest,
+            limits.constitution_digest,
         )
         await asyncio.to_thread(self._plans.write, plan)
         return taken, plan
+
+    def _tell_unfit(self, taken: Take) -> None:
+        """Labels that cannot teach are buried with the next step; while none is in sight, this says why."""
+        if len(taken.buried) > 2 * self._unfit:
+            self._unfit = len(taken.buried)
+            _log.warning(
+                "labels on the log cannot teach; training waits for others",
+                unfit=self._unfit,
+                fit=len(taken.labels),
+                wanted=self._config.labels_per_step,
+                error=taken.buried[-1].error,
+            )
 
     async def _scored(
         self, labels: Sequence[Label], tokenizer_digest: str
@@ -141,8 +163,21 @@ class TrainerWorker:
                 continue
             if len(scores) != len(answers):
                 raise BackendError(f"the reward service gave {len(scores)} scores for {len(answers)} answers")
+            self._check(labels, scores, digest)
             return list(zip(scores[::2], scores[1::2], strict=True)), digest
         return None
+
+    def _check(self, labels: Sequence[Label], scores: Sequence[float], digest: str) -> None:
+        """Before the plan is written: a plan with such a score would stop every run after this one, too."""
+        broken = [i for i, score in enumerate(scores) if not math.isfinite(score)]
+        if broken:
+            label = labels[broken[0] // 2].event.preference_id
+            raise TrainingStopped(
+                f"training stopped itself at step {self._trainer.step}: the reward model {digest[:12]} gave "
+                f"{len(broken)} of {len(scores)} answers a score that is no number ({scores[broken[0]]} for "
+                f"label {label!r}); put another reward model in force and start again. Nothing was learned "
+                "from these labels, and the last good checkpoint stays in force"
+            )
 
     async def _step(self, consumer: Consumer, taken: Take, plan: Plan) -> None:
         trainer = self._trainer
@@ -233,34 +268,55 @@ class TrainerWorker:
 
 
 class _MetricsLog:
-    """metrics.jsonl, and TensorBoard's files where that is installed. A repeated step is a new line."""
+    """metrics.jsonl, and TensorBoard's files where that is installed. A repeated step is a new line.
+
+    A disk that refuses costs lines and a warning, never the run: what counts is in the checkpoints.
+    """
 
     def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._lines: Any = None
         self._board: Any = None
+        self._warned = False
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (folder / "metrics.jsonl").open("a")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(folder))
+        with self._spared():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lines = (folder / "metrics.jsonl").open("ab", buffering=0)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder))
 
     def write(self, metrics: UpdateMetrics) -> None:
         """One step."""
         record = metrics.as_dict()
         if self._lines:
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
+            with self._spared():
+                self._lines.write(f"{json.dumps(record)}\n".encode())
         if self._board:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"ppo/{name}", value, metrics.step)
+            with self._spared():
+                for name, value in record.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(f"ppo/{name}", value, metrics.step)
 
     def close(self) -> None:
         """Closes both."""
         for stream in (self._lines, self._board):
             if stream:
-                stream.close()
+                with self._spared():
+                    stream.close()
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                _log.warning(
+                    "metrics cannot be written; training goes on without them",
+                    folder=str(self._folder),
+                    error=error.strerror or str(error),
+                    remedy="make room on the disk",
+                )
+            self._warned = True
