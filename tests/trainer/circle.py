@@ -123,6 +123,6 @@ async def _lives(worker: TrainerWorker, until) -> None:
     await running
 
 
-def run_in_process(folder: str) -> None:
+def run_in_process(folder: str, options: dict[str, object]) -> None:
     """What a process that is killed runs."""
-    run(Path(folder))
+    run(Path(folder), **options)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.tiny import make_tiny_model
 from tests.trainer.circle import WIDE_AWAKE, Scorer, label, publishable, run, run_in_process, settings, world
 
-from charter.bus import Partition, open_bus
+from charter.bus import open_bus
 from charter.bus.messages import decode
 from charter.errors import CheckpointError, TrainingStopped
 from charter.registry import Registry, Status
@@ -223,47 +223,57 @@ def test_a_trainer_that_lost_its_partitions_takes_them_back_and_goes_on(tmp_path
     assert len(places) == len(set(places)) == 36
 
 
-KILLS = 20
+KILLS, LONG = 20, {"steps": 48, "labels_per_step": 2, "checkpoint_every": 1}
 
 
-def test_kill_9_at_random_instants_changes_no_parameter_and_counts_each_label_once(tmp_path, tiny):
+def test_kill_9_at_twenty_random_instants_changes_no_parameter_and_counts_each_label_once(tmp_path, tiny):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
+    labels = LONG["steps"] * LONG["labels_per_step"]
     for folder in (calm, killed):
         folder.mkdir()
-        world(folder, tiny)
+        world(folder, tiny, labels=labels)
     # A server that has imported everything forks each life, so that a life begins at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.warm"])
 
-    def life(folder: Path) -> multiprocessing.Process:
-        process = context.Process(target=run_in_process, args=(str(folder),))
+    def life(folder: Path, **options) -> multiprocessing.Process:
+        process = context.Process(target=run_in_process, args=(str(folder), LONG | options))
         process.start()
         return process
+
+    def step(folder: Path) -> int:
+        return len([*(folder / "checkpoints").glob("rl-*")])
 
     server_is_up = context.Process(target=print)
     server_is_up.start()
     server_is_up.join()
     started = time.monotonic()
+    first = life(calm, steps=2)
+    first.join()
+    span = time.monotonic() - started
     undisturbed = life(calm)
     undisturbed.join()
-    assert undisturbed.exitcode == 0
-    span = time.monotonic() - started
-    kills, instants = 0, random.Random(7)
+    assert (first.exitcode, undisturbed.exitcode) == (0, 0)
+    instants = random.Random(7)
     for _ in range(KILLS):
-        process = life(killed)
-        process.join(instants.uniform(0.2, 0.8) * span)
-        if process.is_alive():
-            process.kill()
-            kills += 1
+        process, before = life(killed), step(killed)
+        end = time.monotonic() + instants.uniform(0.3, 1.0) * span
+        while time.monotonic() < end and step(killed) == before:
+            process.join(0.02)
+        process.join(instants.uniform(0.0, 0.03))  # somewhere in the next step, if there was one
+        assert process.is_alive(), "there is work for more lives than these"
+        process.kill()
         process.join()
+    assert 2 < step(killed) < LONG["steps"], "they did some of the work"
     last = life(killed)
     last.join()
     assert last.exitcode == 0
-    assert kills >= 3
     assert _newest(killed).digest == _newest(calm).digest
     assert _consumed(killed) == _consumed(calm)
+    places, _ = _consumed(killed)
+    assert len(places) == len(set(places)) == labels, "each label is in the surviving lineage, and once"
     for name in ("model.safetensors", "trainer/value.safetensors", "trainer/policy-optimizer.safetensors"):
         a, b = (load_file(Registry(f / "checkpoints").resolve(_newest(f).id) / name) for f in (calm, killed))
         assert all((a[k] == b[k]).all() for k in a)
     with open_bus(f"sqlite:{killed}/bus.db") as bus:
-        assert bus.positions(GROUP)[Partition("preferences", 0)] > 0
+        assert sum(lag.records for lag in bus.lag(GROUP, ["preferences"])) == 0

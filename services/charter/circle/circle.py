@@ -172,9 +172,11 @@ class Circle:
         )
         around = asyncio.create_task(self._feed(supply, bus, where, publishing, rounds))
         try:
-            await asyncio.wait({learner, around}, return_when=asyncio.FIRST_COMPLETED)
-            if around.done():
-                around.result()
+            helpers = (around, publishing.running)
+            await asyncio.wait({learner, *helpers}, return_when=asyncio.FIRST_COMPLETED)
+            for helper in helpers:
+                if helper.done():
+                    helper.result()
             return int(await learner)
         finally:
             await _ended(around)

@@ -91,6 +91,11 @@ class Publishing:
         await self._publisher.close()
         await self._sampled.close()
 
+    @property
+    def running(self) -> asyncio.Task[None]:
+        """The publisher at work; it ends by itself only when it fails."""
+        return self._tasks[0]
+
     async def sampled_is(self, checkpoint: str) -> None:
         """Makes sure that the sampled policy has this checkpoint's weights."""
         if (await self._sampled.info()).model.version != checkpoint:
@@ -102,8 +107,8 @@ class Publishing:
             change = await asyncio.to_thread(self._registry.status, checkpoint)
             if change is None or change.status not in _OPEN:
                 return change
-            if self._tasks[0].done():
-                self._tasks[0].result()
+            if self.running.done():
+                self.running.result()
             await asyncio.sleep(_LOOK_S)
 
     async def _tell_changes(self, seen: int) -> None:

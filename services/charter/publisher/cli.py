@@ -61,7 +61,7 @@ def rollback(
 
 
 def previous(registry: Registry) -> Manifest:
-    """The last checkpoint that served before the one that serves now, and was not itself taken out.
+    """The last that served before the one that serves now, was not itself taken out, and has its weights.
 
     Raises `ConfigError` when there is none.
     """
@@ -70,7 +70,8 @@ def previous(registry: Registry) -> Manifest:
 
     for change in reversed(registry.history()):
         now = registry.status(change.checkpoint_id)
-        if change.status is Status.SERVING and now is not None and now.status is Status.RETIRED:
+        served = change.status is Status.SERVING and now is not None and now.status is Status.RETIRED
+        if served and change.checkpoint_id in registry:
             return registry.get(change.checkpoint_id)
     raise ConfigError(
         f"no checkpoint of {registry.root} served before; name the one to go back to "

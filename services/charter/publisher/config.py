@@ -128,6 +128,8 @@ class PublisherConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     keep: int = 20
     """Newest checkpoints, and newest that served, whose weights are kept; 0 keeps all. Manifests stay."""
+    member: str = "publisher-0"
+    """Name in the consumer groups; a new process with it takes over from the old one at once."""
     converge_s: float = 2.0
     """How often policy servers are asked whether they serve what is in force; one that restarted is told."""
 

@@ -16,7 +16,7 @@ from charter.bus.metrics import BusMetrics
 from charter.bus.topics import CHECKPOINTS
 from charter.bus.worker import Worker, WorkerOptions
 from charter.constitution import load as load_constitution
-from charter.errors import BackendUnavailable, CheckpointError
+from charter.errors import BackendUnavailable, CheckpointError, MalformedMessage
 from charter.lm.base import LanguageModel
 from charter.publisher import suite
 from charter.publisher.config import PublisherConfig
@@ -47,10 +47,22 @@ class Gatekeeper:
         self._metrics = metrics
 
     async def __call__(self, record: Record) -> Sequence[Outgoing]:
-        """Works on one event of the topic; all but candidates are other people's news."""
+        """Works on one event of the topic; all but candidates are other people's news.
+
+        Raises `MalformedMessage` for a checkpoint that the registry does not know, and `BackendUnavailable`
+        while the registry cannot be written: the candidate then waits, and what serves goes on.
+        """
         event = decode(record, events_pb2.CheckpointEvent)
-        if event.status == Status.CANDIDATE:
+        if event.status != Status.CANDIDATE:
+            return ()
+        try:
+            await asyncio.to_thread(self._registry.get, event.checkpoint_id)
+        except CheckpointError as error:
+            raise MalformedMessage(f"a candidate that cannot be measured: {error}") from error
+        try:
             await self.consider(event.checkpoint_id)
+        except CheckpointError as error:
+            raise BackendUnavailable(str(error)) from error
         return ()
 
     async def consider(self, checkpoint_id: str) -> None:
@@ -183,12 +195,28 @@ class Publisher:
         self.gatekeeper = Gatekeeper(registry, self.promoter, measuring, metrics)
         one = WorkerOptions(max_records=1)
         self._workers = [
-            Worker(bus, GATE_GROUP, [CHECKPOINTS], self.gatekeeper, options=one, metrics=bus_metrics)
+            Worker(
+                bus,
+                GATE_GROUP,
+                [CHECKPOINTS],
+                self.gatekeeper,
+                member=config.member,
+                options=one,
+                metrics=bus_metrics,
+            )
         ]
         self._follower = Follower(registry, learners)
         if learners:
             self._workers.append(
-                Worker(bus, FOLLOWER_GROUP, [CHECKPOINTS], self._follower, options=one, metrics=bus_metrics)
+                Worker(
+                    bus,
+                    FOLLOWER_GROUP,
+                    [CHECKPOINTS],
+                    self._follower,
+                    member=config.member,
+                    options=one,
+                    metrics=bus_metrics,
+                )
             )
         self._stopping = asyncio.Event()
 
