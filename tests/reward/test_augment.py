@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from charter.reward.augment import Answered, augment, dropped, parts, repeated, replaced, swapped
+from charter.reward.augment import Answered, augment, dropped, grafted, parts, repeated, replaced, swapped
 from charter.reward.config import AugmentConfig
 
 TEXT = "Sure. First take the cup, then fill it with water, then put it down."
 OTHER = "Sure. First find the key, then turn the lock, then push the door."
-NONE = AugmentConfig(mismatched=0, replaced=0, swapped=0, repeated=0, dropped=0)
+NONE = AugmentConfig(mismatched=0, grafted=0, replaced=0, swapped=0, repeated=0, dropped=0)
 
 
 def _answers(count: int = 40) -> list[Answered]:
@@ -61,13 +61,38 @@ def test_replacing_takes_a_few_words_from_another_answer() -> None:
         assert sum(foreign.values()) <= 3
 
 
+def test_grafting_takes_one_differing_passage_and_leaves_the_rest() -> None:
+    text = "I won't, because to read the diary\nlike that would expose what is private."
+    other = "I won't, because to open the safe like that would be unfair to its owner."
+    assert {grafted(text, other, random.Random(seed)) for seed in range(40)} == {
+        "I won't, because to open the diary\nlike that would expose what is private.",
+        "I won't, because to read the safe\nlike that would expose what is private.",
+        "I won't, because to read the diary\nlike that would be unfair to its owner.",
+    }
+
+
+def test_answers_that_agree_or_only_miss_words_give_no_graft() -> None:
+    assert grafted(TEXT, TEXT, random.Random(0)) is None
+    assert grafted(TEXT, TEXT.removesuffix(" then put it down."), random.Random(0)) is None
+
+
+def test_grafts_come_from_other_prompts_and_never_from_answers_of_another_form() -> None:
+    odd = Answered("odd", (99,), "Nothing alike whatsoever, unless somebody would look!", 0.9)
+    made = augment([*_answers(), odd], replace(NONE, grafted=1.0, confident=1.0), labels=41, seed=1)
+    assert len(made) > 30
+    assert not [p for p in made if "alike" in p.better + p.worse]
+    for pair in made:
+        assert len(pair.better.split()) == len(pair.worse.split())
+        assert sum(a != b for a, b in zip(pair.better.split(), pair.worse.split(), strict=True)) <= 2
+
+
 @pytest.mark.parametrize("spoil", [swapped, repeated, dropped])
 def test_an_answer_of_one_part_is_left_alone(spoil) -> None:
     assert spoil("No", random.Random(0)) is None
     assert replaced("No", OTHER, random.Random(0)) is None
 
 
-@pytest.mark.parametrize("kind", ["mismatched", "replaced", "swapped", "repeated", "dropped"])
+@pytest.mark.parametrize("kind", ["mismatched", "grafted", "replaced", "swapped", "repeated", "dropped"])
 def test_each_kind_is_made_by_its_share_and_alone(kind: str) -> None:
     made = augment(_answers(), replace(NONE, **{kind: 0.5}), labels=40, seed=1)
     assert {pair.kind for pair in made} == {kind}

@@ -42,7 +42,7 @@ class CircleConfig:
     """Prompts whose answers are revised, red-team and helpful ones in proportion to `red_team_share`."""
     red_team_share: float = 0.5
     """Share of red-team prompts among those that are revised, and among those of the first pairs."""
-    first_pairs: int = 640
+    first_pairs: int = 960
     """Pairs of SL-CAI's answers that the first reward model learns from."""
     steps: int = 0
     """PPO steps of the lineage; 0: without end."""
@@ -81,14 +81,14 @@ class CircleConfig:
     )
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     judging: Judging = field(default_factory=Judging)
-    reward_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(first=640, every=256))
+    reward_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(first=960, every=256))
     """When the reward model is made and renewed; the first round waits for `first_pairs`."""
     reward_window: WindowConfig = field(default_factory=lambda: WindowConfig(newest=512, replay=384))
     reward_from_feedback: bool = True
     """The first reward model starts from the frozen model that gives feedback, which knows the principles,
     where its weights are on this machine; otherwise, and with False, from SL-CAI."""
     reward_tuning: TuningConfig = field(
-        default_factory=lambda: TuningConfig(learning_rate=3e-4, epochs=2.0, batch_size=32)
+        default_factory=lambda: TuningConfig(learning_rate=3e-4, epochs=3.0, batch_size=32)
     )
     reward_promotion: PromotionConfig = field(default_factory=PromotionConfig)
     reward_learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(threads=1, niceness=0))

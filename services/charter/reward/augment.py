@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 from charter.reward.config import AugmentConfig
 
@@ -17,6 +18,8 @@ _PART = re.compile(r"[^.,;:!?\n。，；：！？、]+[.,;:!?\n。，；：！�
 _WORDS = re.compile(r"\S+")
 _SPAN = 3
 _TRIES = 8
+_SAME_FORM = 0.4
+"""Share of words in common, in their order, from which two answers have the same form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def augment(answers: Sequence[Answered], config: AugmentConfig, *, labels: int, 
         return []
     kinds: tuple[tuple[str, float, Callable[[Answered], str | None]], ...] = (
         ("mismatched", config.mismatched, lambda a: _mismatched(a, pool, config.candidates, rng)),
+        ("grafted", config.grafted, lambda a: _grafted(a, pool, config.candidates, rng)),
         ("replaced", config.replaced, lambda a: replaced(a.answer, rng.choice(pool).answer, rng)),
         ("swapped", config.swapped, lambda a: swapped(a.answer, rng)),
         ("repeated", config.repeated, lambda a: repeated(a.answer, rng)),
@@ -96,6 +100,17 @@ def _mismatched(
     return max(others, key=lambda a: len(words & set(a.answer.split())) / (len(a.answer.split()) or 1)).answer
 
 
+def _grafted(answered: Answered, pool: Sequence[Answered], candidates: int, rng: random.Random) -> str | None:
+    """A passage of any other answer of the same form: the most similar one would often be as right here."""
+    words = answered.answer.split()
+    for other in rng.sample(pool, min(candidates, len(pool))):
+        if other.prompt_id == answered.prompt_id:
+            continue
+        if _compared(words, other.answer.split()).ratio() >= _SAME_FORM:
+            return grafted(answered.answer, other.answer, rng)
+    return None
+
+
 def parts(text: str) -> list[str]:
     """What stands between punctuation marks, with the mark and the space behind it."""
     return _PART.findall(text)
@@ -142,6 +157,22 @@ def replaced(text: str, other: str, rng: random.Random) -> str | None:
     source = min(max(near, 0), len(there) - count)
     words = other[there[source].start() : there[source + count - 1].end()]
     return text[: here[start].start()] + words + text[here[start + count - 1].end() :]
+
+
+def grafted(text: str, other: str, rng: random.Random) -> str | None:
+    """One passage in which the texts differ is the other's: a reason, a thing, a step of another answer."""
+    here, there = list(_WORDS.finditer(text)), list(_WORDS.finditer(other))
+    compared = _compared([w.group() for w in here], [w.group() for w in there])
+    differing = [rest for kind, *rest in compared.get_opcodes() if kind == "replace"]
+    if not differing:
+        return None
+    start, end, first, last = rng.choice(differing)
+    passage = other[there[first].start() : there[last - 1].end()]
+    return text[: here[start].start()] + passage + text[here[end - 1].end() :]
+
+
+def _compared(a: Sequence[str], b: Sequence[str]) -> SequenceMatcher[str]:
+    return SequenceMatcher(None, a, b, autojunk=False)
 
 
 _Piece = tuple[str, str, str]

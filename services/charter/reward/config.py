@@ -64,7 +64,10 @@ class AugmentConfig:
     mismatched: float = 0.15
     """The loser is the answer to another prompt, the most similar of a few."""
     candidates: int = 8
-    """Other prompts among which the most similar answer is looked for."""
+    """Answers to other prompts among which one is looked for, for these two."""
+    grafted: float = 0.4
+    """One passage of the loser comes from another answer of the same form: a reason that fits elsewhere, say.
+    Without it a model may like a passage wherever it stands, because good answers often hold it."""
     replaced: float = 0.1
     """A few words of the loser come from another answer."""
     swapped: float = 0.05
@@ -79,7 +82,7 @@ class AugmentConfig:
     """Probability that the whole answer is better; below 1, since a spoilt copy may still be good."""
 
     def __post_init__(self) -> None:
-        shares = (self.mismatched, self.replaced, self.swapped, self.repeated, self.dropped)
+        shares = (self.mismatched, self.grafted, self.replaced, self.swapped, self.repeated, self.dropped)
         if min(shares) < 0 or not 0 < self.confident <= 1 or self.candidates < 1:
             raise ConfigError(
                 f"{self} cannot work: shares 0 or more, confident above 0, candidates at least 1"
