@@ -30,6 +30,7 @@ class Gateway:
     tls: bool = False
     keys: Path | None = None
     origins: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -75,6 +76,54 @@ def test_values_are_read_by_the_type_of_their_field(tmp_path: Path) -> None:
     flags = load(Settings, flags=assignments(["gateway.origins=a, b", "gateway.keys=none"]))
     assert flags.gateway.origins == ("a", "b")
     assert flags.gateway.keys is None
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("[a, b]", ("a", "b")),
+        (" [ a,b ] ", ("a", "b")),
+        ("[]", ()),
+        ("", ()),
+        ("a", ("a",)),
+        ("a, b,", ("a", "b")),
+        ('["a, b", c]', ("a, b", "c")),
+        ("[https://x:1, 'https://y']", ("https://x:1", "https://y")),
+        ("['[::1]:7001']", ("[::1]:7001",)),
+    ],
+)
+def test_lists_are_written_as_in_the_file_or_between_commas(text: str, items: tuple[str, ...]) -> None:
+    by_flag = load(Settings, flags=assignments([f"gateway.origins={text}"]))
+    by_environment = load(Settings, environment={"CHARTER__GATEWAY__ORIGINS": text})
+    assert by_flag.gateway.origins == by_environment.gateway.origins == items
+
+
+def test_items_of_lists_are_read_by_their_type(tmp_path: Path) -> None:
+    file = _file(tmp_path, "gateway:\n  ports: [1, 2]\n")
+    assert load(Settings, file=file).gateway.ports == (1, 2)
+    assert load(Settings, flags=assignments(["gateway.ports=[1, 2]"])).gateway.ports == (1, 2)
+    assert load(Settings, flags=assignments(["gateway.ports=1,2"])).gateway.ports == (1, 2)
+    assert load(Settings, flags={"gateway.ports": (1, 2)}).gateway.ports == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        (
+            "gateway.origins=[a, b",
+            r"option gateway.origins: .* is '\[a, b'; it must be a list, as in \[a, b\]",
+        ),
+        ("gateway.origins=[::1]:7001", r"it must be a list, as in \[a, b\]"),
+        ("gateway.origins=[a]: b", r"it must be a list, as in \[a, b\]"),
+        ("gateway.origins=[a, [b]]", r"option gateway.origins: .* is a list; it must be text"),
+        ("gateway.origins=[1, 2]", r"option gateway.origins: .* is 1; it must be text \(put it in quotes\)"),
+        ("gateway.ports=[1, x]", r"option gateway.ports: .* is 'x'; it must be a whole number"),
+        ("gateway.ports=[1, {a: 2}]", r"option gateway.ports: .* is keys; it must be a number"),
+    ],
+)
+def test_a_wrong_list_is_named_with_what_it_must_be(assignment: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(Settings, flags=assignments([assignment]))
 
 
 def test_what_kubernetes_puts_into_every_pod_is_not_mistaken_for_configuration() -> None:
@@ -129,7 +178,7 @@ def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
 def test_every_key_can_be_listed() -> None:
     assert [name for name, _ in keys_of(Settings)] == [
         "state", "gateway.port", "gateway.mode", "gateway.tls", "gateway.keys", "gateway.origins",
-        "gateway.limits.rate", "gateway.limits.burst", "labels",
+        "gateway.ports", "gateway.limits.rate", "gateway.limits.burst", "labels",
     ]  # fmt: skip
 
 

@@ -271,7 +271,9 @@ def _items(node: _Node, path: str) -> list[_Node]:
             try:
                 listed = YAML(typ="safe").load(node.value)
             except YAMLError:
-                raise _wrong(node, path, "a list") from None
+                listed = None
+            if not isinstance(listed, list):
+                raise _wrong(node, path, "a list, as in [a, b]")
             return [_Node(item, node.origin) for item in listed]
         return [_Node(part.strip(), node.origin) for part in node.value.split(",") if part.strip()]
     raise _wrong(node, path, "a list")

@@ -7,6 +7,7 @@ chat formats use for control are therefore broken up by a space (`defused`) befo
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import re
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
@@ -31,6 +32,8 @@ _CONTROL = re.compile(
     r"<(?=[|｜][^<>\n]{1,60}[|｜]>|/?s>|/?SYS>>|<SYS>>|(?:start|end)_of_turn>|/?(?:bos|eos|pad|unk)>)"
     r"|\[(?=/?INST\])"
 )
+_LINE_END = re.compile(rb"\r\n|\n|\r(?!\n|\Z)")
+_LONGEST_LINE = 1 << 23
 _OVERFLOW = re.compile(r"context length|max_total_tokens|max_input_tokens|must have less than|too long", re.I)
 
 
@@ -48,6 +51,52 @@ def turns(messages: Conversation) -> list[dict[str, str]]:
 
 def _turn(message: ChatMessage) -> dict[str, str]:
     return {"role": message.role.value, "content": defused(message.content)}
+
+
+class EventReader:
+    """Splits a byte stream into the data of server-sent events, however it was cut.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end in LF, CR LF or CR, several
+    `data:` lines make one event, an empty line ends it. All else (comments, names, ids) is passed over.
+    """
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._data: list[bytes] = []
+        self._begun = False
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        """The data of the events that these bytes complete. Raises `BackendError` for an endless line."""
+        if self._rest.endswith(b"\r"):  # perhaps the first half of CR LF
+            del self._rest[-1]
+            piece = b"\r" + piece
+        first, *others = _LINE_END.split(piece)
+        self._rest += first
+        if not others:
+            if len(self._rest) > _LONGEST_LINE:
+                raise BackendError(
+                    f"a line of {len(self._rest)} bytes without an end; the server does not send events"
+                )
+            return []
+        lines = [bytes(self._rest), *others[:-1]]
+        self._rest = bytearray(others[-1])
+        return [data for line in lines if (data := self._line(line)) is not None]
+
+    def end(self) -> list[bytes]:
+        """The event that was not ended by an empty line, as some servers leave their last one."""
+        found = [self._line(line) for line in (bytes(self._rest.rstrip(b"\r")), b"")]
+        return [data for data in found if data is not None]
+
+    def _line(self, line: bytes) -> bytes | None:
+        if not self._begun:
+            line, self._begun = line.removeprefix(codecs.BOM_UTF8), True
+        if line:
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                self._data.append(value.removeprefix(b" "))
+            return None
+        whole, self._data = b"\n".join(self._data).strip(), []
+        return whole or None
 
 
 class HttpServer:
@@ -83,18 +132,32 @@ class HttpServer:
             raise BackendError(f"{self.base}{path} answered with something that is not JSON") from e
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
-        """The JSON of each server-sent event up to `[DONE]`; closing the iterator hangs up."""
+        """The JSON of each server-sent event up to `[DONE]`; closing the iterator hangs up.
+
+        Raises `BackendError` for an event that is not JSON.
+        """
+        reader = EventReader()
         try:
             async with await self._request("POST", path, body, None) as response:
-                async for line in response.content:
-                    if not line.startswith(b"data:"):
-                        continue
-                    data = line[5:].strip()
+                async for piece in response.content.iter_any():
+                    for data in reader.feed(piece):
+                        if data == b"[DONE]":
+                            return
+                        yield self._event(data)
+                for data in reader.end():
                     if data == b"[DONE]":
                         return
-                    yield json.loads(data)
+                    yield self._event(data)
         except (aiohttp.ClientError, TimeoutError) as e:
             raise unreachable(self.base, e) from e
+
+    def _event(self, data: bytes) -> Any:
+        try:
+            return json.loads(data)
+        except ValueError as e:
+            raise BackendError(
+                f"{self.base} sent an event that is not JSON: {data[:100].decode(errors='replace')!r}"
+            ) from e
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
