@@ -13,10 +13,11 @@ from kafka.future import Future
 from tests.kafka.support import CACHE, require_tools
 
 from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
+from charter.bus.base import Partition
 from charter.bus.broker import Broker, BrokerOptions, fetch_kafka, free_port
 from charter.bus.kafka import KafkaBus
 from charter.bus.topics import load_topics
-from charter.errors import BackendUnavailable, CharterError
+from charter.errors import BackendUnavailable, CharterError, Fenced
 
 pytestmark = [
     pytest.mark.kafka,
@@ -101,6 +102,22 @@ def test_a_commit_that_the_broker_did_not_live_to_see_happens_once(broker: Broke
         assert bus_values == [b"once"]
         patiently(lambda: bus.publish([Outgoing("in", b"k", b"2")]))
         assert [record.value for record in take(consumer)] == [b"2"]
+
+
+def test_positions_that_the_group_refused_do_not_come_along_with_later_ones(bus: Bus) -> None:
+    """A worker that was stopped for long commits in vain, joins again and goes on."""
+    assert isinstance(bus, KafkaBus)
+    bus.publish([Outgoing("in", b"k", b"1")])
+    specs = bus.topics()
+    with bus.consumer("refused", ["in"], member="stopped") as consumer:
+        take(consumer)
+        now = consumer._client.group_metadata()
+        before = now._replace(generation_id=now.generation_id - 1)
+        producer = consumer._producer
+        with pytest.raises(Fenced):
+            producer.transact([], specs, {Partition("in", 0): 1}, before)
+        producer.transact([], specs, {Partition("out", 0): 7}, now)
+        assert bus.positions("refused") == {Partition("out", 0): 7}
 
 
 def test_a_group_whose_coordinator_has_moved_is_found_again(broker: Broker, bus: Bus) -> None:

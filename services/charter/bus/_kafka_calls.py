@@ -21,6 +21,8 @@ from kafka import KafkaConsumer
 CLOSING_S = 5.0
 """How long `retire` waits for a client to close."""
 
+READ_WAIT_MS = 10
+
 _GRACE_S = 1.0
 """What kafka-python's own deadlines have before ours, since they know better what they waited for."""
 
@@ -84,7 +86,9 @@ class Clients:
     def reader(self) -> KafkaConsumer:
         """For records, outside any group."""
         if self._reader is None:
-            self._reader = opened(KafkaConsumer, self._options, self._options.consumer())
+            # It reads what is there. A fetch that waits at the broker for more would hold up the next one.
+            settings = {**self._options.consumer(), "fetch_max_wait_ms": READ_WAIT_MS}
+            self._reader = opened(KafkaConsumer, self._options, settings)
         return self._reader
 
     def give_up(self) -> None:

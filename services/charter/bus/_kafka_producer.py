@@ -110,17 +110,21 @@ class TransactionalProducer:
             return self._producer
 
     def _recover(self, producer: KafkaProducer, error: BaseException) -> None:
-        """Aborts the transaction where that is quick; otherwise gives the producer up."""
-        if not isinstance(error, _TimedOut | kafka_errors.ProducerFencedError):
-            try:
-                manager = producer._transaction_manager
-                if not manager.has_fatal_error():
-                    _await(producer, manager.begin_abort(), time.monotonic() + 5.0)
-                    return
-            except (kafka_errors.KafkaError, _TimedOut):
-                pass
+        """Aborts the transaction where that is quick, since readers wait for it; gives the producer up.
+
+        Always: kafka-python keeps the positions of a transaction that the group refused, and would send them
+        along with the next one, which moved positions back behind another member's work.
+        """
         self._producer = None
-        _discard(producer)
+        try:
+            manager = producer._transaction_manager
+            fenced = isinstance(error, _TimedOut | kafka_errors.ProducerFencedError)
+            if not fenced and not manager.has_fatal_error():
+                _await(producer, manager.begin_abort(), time.monotonic() + 5.0)
+        except (kafka_errors.KafkaError, _TimedOut):
+            pass  # the next producer of this name finishes or aborts it
+        finally:
+            _discard(producer)
 
     def close(self) -> None:
         """Closes the connection; safe to repeat."""

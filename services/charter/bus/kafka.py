@@ -49,6 +49,9 @@ from kafka import errors as kafka_errors
 TOPICS_AGE_S = 10.0
 """How long what is known about the topics is trusted."""
 
+_LOOK_MS = 20
+"""How long a poll waits. It passes markers at once, but comes back empty only when its time is over."""
+
 _EARLIEST, _LATEST = -2, -1
 
 
@@ -66,6 +69,8 @@ class KafkaBus:
         self._clients = Clients(options)
         self._consumers: list[KafkaGroupConsumer] = []
         self._backlogs: dict[tuple[str, Partition], Backlog] = {}
+        self._holes: dict[Any, tuple[int, int]] = {}
+        """Of a partition, the last range in which a reader found markers alone: it is not read again."""
         self._topics: dict[str, TopicSpec] = {}
         self._topics_read = -TOPICS_AGE_S
 
@@ -155,7 +160,10 @@ class KafkaBus:
         while True:
             with self._calling(f"reading {topic}/{partition}"):
                 end = self._offsets([place], _LATEST)[place]
-                records = self._read(place, offset, end, max_records) if offset < end else []
+                known_empty = self._holes.get(place) == (offset, end)
+                records = [] if known_empty or offset >= end else self._read(place, offset, end, max_records)
+                if not records:
+                    self._holes[place] = (offset, end)
             if records or time.monotonic() >= deadline:
                 return records
             time.sleep(0.02)
@@ -168,7 +176,7 @@ class KafkaBus:
         reader.seek(place, max(offset, first))
         deadline = time.monotonic() + self.options.timeout_s
         while time.monotonic() < deadline:
-            found = reader.poll(500, max_records).get(place, [])
+            found = reader.poll(_LOOK_MS, max_records).get(place, [])
             records = [to_record(message) for message in found]
             if records or (reader.position(place, timeout_ms=5000) or 0) >= end:
                 return records
