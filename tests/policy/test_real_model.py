@@ -115,3 +115,45 @@ async def test_scores_are_the_log_probs_of_what_would_be_written(registry_folder
     assert all(p <= 0 for s in scored.scores for p in s.logprobs)
     assert [len(s.token_ids) for s in scored.scores] == [len(s.logprobs) for s in scored.scores]
     assert scored.model.version == "ck-1"
+
+
+async def test_versions_change_under_load_and_each_answer_is_one_that_its_version_gives_alone(
+    registry_folder,
+):
+    """Six users stream and sample while checkpoints take turns; nothing fails, no answer mixes weights."""
+    names, seeds, answers = ("ck-1", "ck-2"), range(4), []
+
+    def sampling(seed):
+        return {"seed": seed, "max_tokens": 24, "temperature": 1.0}
+
+    async def one(stub, user, seed):
+        if user % 2:
+            messages = [m async for m in stub.Generate(generate(**sampling(seed)))]
+            return messages[-1].model, [t.token_id for m in messages for t in m.tokens], seed
+        request = policy_pb2.SampleRequest(messages=USER, sampling=sampling(seed), n=2)
+        sampled = await stub.Sample(request)
+        return sampled.model, list(sampled.completions[0].token_ids), seed
+
+    async with policy(registry_folder) as stub:
+        done = asyncio.Event()
+
+        async def user(number):
+            while not done.is_set():
+                answers.append(await one(stub, number, seeds[len(answers) % len(seeds)]))
+
+        users = [asyncio.create_task(user(number)) for number in range(6)]
+        for turn in range(8):
+            count = len(answers)
+            await stub.Reload(policy_pb2.ReloadRequest(checkpoint=names[(turn + 1) % 2]))
+            while len(answers) < count + 12:
+                await asyncio.sleep(0.01)
+        done.set()
+        await asyncio.gather(*users)
+        alone = {}
+        for name in names:
+            version = (await stub.Reload(policy_pb2.ReloadRequest(checkpoint=name))).current
+            for seed in seeds:
+                alone[version.digest, seed] = (await one(stub, 1, seed))[1]
+    assert len({model.digest for model, _, _ in answers}) == 2
+    assert all(ids == alone[model.digest, seed] for model, ids, seed in answers)
+    assert all(alone[a, s] != alone[b, s] for a, b in [tuple({d for d, _ in alone})] for s in seeds)
