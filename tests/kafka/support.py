@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import pytest
 
 from charter.bus import open_bus
 from charter.bus.broker import BrokerOptions, local_broker, missing_tools
 from charter.bus.topics import load_topics
+from charter.errors import BackendUnavailable
+
+T = TypeVar("T")
+PATIENCE_S = 120.0
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "kafka"
 
@@ -44,3 +50,20 @@ def _prepared(uri: str) -> str:
     with open_bus(uri) as bus:
         bus.apply_topics(load_topics())
     return uri
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What a worker does: again and again while the log is unavailable."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return call()
+        except BackendUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def nothing_yet() -> NoReturn:
+    """For `patiently`: what was polled for is still to come."""
+    raise BackendUnavailable("nothing came yet")

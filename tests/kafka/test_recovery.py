@@ -1,23 +1,20 @@
-"""A broker that is away, dies, comes back or asks for credentials: sentences, and recovery in place."""
+"""A broker that is away, dies or comes back: sentences, and recovery in place."""
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 from kafka.future import Future
-from tests.kafka.support import CACHE, require_tools
+from tests.kafka.support import CACHE, nothing_yet, patiently, require_tools
 
 from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
 from charter.bus.base import Partition
-from charter.bus.broker import Broker, BrokerOptions, fetch_kafka, free_port
+from charter.bus.broker import Broker, fetch_kafka, free_port
 from charter.bus.kafka import KafkaBus
 from charter.bus.topics import load_topics
-from charter.errors import BackendUnavailable, CharterError, Fenced
+from charter.errors import BackendUnavailable, Fenced
 
 pytestmark = [
     pytest.mark.kafka,
@@ -27,9 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-T = TypeVar("T")
 QUICK = "timeout=6&transaction_timeout=8"
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +56,7 @@ def end(bus: Bus, topic: str) -> int:
 
 
 def take(consumer: Consumer) -> list[Record]:
-    return patiently(lambda: consumer.poll(10, 1.0) or fail())
-
-
-def fail() -> list[Record]:
-    raise BackendUnavailable("nothing came yet")
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """What a worker does: again and again while the log is unavailable."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return call()
-        except BackendUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+    return patiently(lambda: consumer.poll(10, 1.0) or nothing_yet())
 
 
 def test_a_broker_that_is_not_there_is_named(broker: Broker) -> None:
@@ -179,88 +158,3 @@ def test_work_longer_than_the_poll_interval_keeps_its_partition(bus: Bus) -> Non
         consumer.commit(records)
     position = bus.positions("slow")
     assert list(position.values()) == [records[-1].offset + 1]
-
-
-def certificates(folder: Path) -> None:
-    """An authority, and certificates that it signed for the broker and for a client."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=authority",
-            "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
-    for name in ("broker", "client"):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}",
-                "-keyout", f"{name}.key", "-out", f"{name}.csr")  # fmt: skip
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                "-days", "2", "-extfile", "names", "-out", f"{name}.pem")  # fmt: skip
-    (folder / "broker-all.pem").write_text(
-        (folder / "broker.key").read_text() + (folder / "broker.pem").read_text()
-    )
-
-
-@pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, int]]:
-    """A broker with a SCRAM listener and one for mutual TLS: its folder and the two ports."""
-    require_tools()
-    folder = tmp_path_factory.mktemp("secured")
-    certificates(folder)
-    scram, mutual = free_port(), free_port()
-    broker = Broker(folder / "data", fetch_kafka(CACHE))
-    plain = f"PLAINTEXT://127.0.0.1:{broker.port},INTERNAL://127.0.0.1:{broker.internal_port}"
-    more = f"SCRAM://127.0.0.1:{scram},MUTUAL://127.0.0.1:{mutual}"
-    module = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
-    broker.options = BrokerOptions(
-        scram={"judge": "right"},
-        properties={
-            "listeners": f"{plain},{more},CONTROLLER://127.0.0.1:{broker.controller_port}",
-            "advertised.listeners": f"{plain},{more}",
-            "listener.security.protocol.map": (
-                "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,INTERNAL:PLAINTEXT,SCRAM:SASL_SSL,MUTUAL:SSL"
-            ),
-            "ssl.keystore.type": "PEM",
-            "ssl.keystore.location": str(folder / "broker-all.pem"),
-            "ssl.truststore.type": "PEM",
-            "ssl.truststore.location": str(folder / "ca.pem"),
-            "listener.name.mutual.ssl.client.auth": "required",
-            "listener.name.scram.sasl.enabled.mechanisms": "SCRAM-SHA-512",
-            "listener.name.scram.scram-sha-512.sasl.jaas.config": module,
-        },
-    )
-    try:
-        broker.start()
-        yield folder, scram, mutual
-    finally:
-        broker.kill()
-
-
-def round_trip(uri: str) -> None:
-    with open_bus(uri) as bus:
-        bus.apply_topics([TopicSpec("secured", 1)])
-        (position,) = bus.publish([Outgoing("secured", b"k", b"v")])
-        assert [r.value for r in bus.fetch("secured", 0, position.offset, timeout=10)] == [b"v"]
-
-
-def test_scram_over_tls(secured: tuple[Path, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, scram, _ = secured
-    monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", "right")
-    round_trip(f"kafka://127.0.0.1:{scram}?tls=true&ca={folder}/ca.pem&sasl=SCRAM-SHA-512&user=judge&{QUICK}")
-
-
-def test_a_wrong_password_is_said(secured: tuple[Path, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, scram, _ = secured
-    monkeypatch.setenv("CHARTER_KAFKA_PASSWORD", "wrong")
-    uri = f"kafka://127.0.0.1:{scram}?tls=true&ca={folder}/ca.pem&sasl=SCRAM-SHA-512&user=judge&{QUICK}"
-    with open_bus(uri) as bus, pytest.raises(CharterError) as caught:
-        bus.topics()
-    assert "as user 'judge'" in str(caught.value)
-    assert "is the password right?" in str(caught.value)
-
-
-def test_mutual_tls(secured: tuple[Path, int, int]) -> None:
-    folder, _, mutual = secured
-    round_trip(
-        f"kafka://127.0.0.1:{mutual}?tls=true&ca={folder}/ca.pem&cert={folder}/client.pem"
-        f"&key={folder}/client.key&{QUICK}"
-    )

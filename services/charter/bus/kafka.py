@@ -278,7 +278,20 @@ class KafkaBus:
     def _specs(self, names: Sequence[str]) -> dict[str, TopicSpec]:
         """What is known about topics; asked anew when it is old or lacks one of `names`."""
         old = time.monotonic() - self._topics_read > TOPICS_AGE_S
-        return self.topics() if old or any(name not in self._topics for name in names) else self._topics
+        if not old and all(name in self._topics for name in names):
+            return self._topics
+        specs = self.topics()
+        self._check_hidden([name for name in names if name not in specs])
+        return specs
+
+    def _check_hidden(self, names: Sequence[str]) -> None:
+        """A topic that the user may not see is in no list; only when asked for by name it is refused."""
+        if not names:
+            return
+        with self._calling("reading topics"):
+            for topic in self._clients.admin.describe_topics(list(names)):
+                if topic["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno:
+                    raise kafka_errors.TopicAuthorizationFailedError(topic["name"])
 
     def _places(self, topic: str) -> list[Any]:
         return [TopicPartition(topic, p) for p in range(_spec(self._specs([topic]), topic).partitions)]
