@@ -33,14 +33,13 @@ CONSUMER = ConsumerOptions(session_timeout_s=6.0, rebalance_timeout_s=15.0)
 async def sample(record: Record) -> list[Outgoing]:
     prompt = decode(record, events_pb2.PromptEvent)
     await asyncio.sleep(random.uniform(0.005, 0.03))
-    rollout = events_pb2.RolloutEvent(rollout_id=_text(prompt), prompt_id=prompt.prompt_id)
+    text = prompt.conversation[-1].content
+    rollout = events_pb2.RolloutEvent(
+        rollout_id=text, prompt_id=prompt.prompt_id, conversation=prompt.conversation
+    )
     for number in range(ANSWERS):
         rollout.answers.add(text=f"answer {number}", token_ids=range(40), logprobs=[-1.0] * 40)
     return [encode("rollouts", prompt.prompt_id, rollout)]
-
-
-def _text(prompt: events_pb2.PromptEvent) -> str:
-    return prompt.conversation[-1].content
 
 
 async def judge(record: Record) -> list[Outgoing]:
@@ -49,9 +48,10 @@ async def judge(record: Record) -> list[Outgoing]:
     labels = []
     for a, b in itertools.combinations(range(len(rollout.answers)), 2):
         label = events_pb2.PreferenceEvent(
-            preference_id=f"{rollout.rollout_id}:{a}-{b}",
+            preference_id=f"{rollout.rollout_id}/{a}-{b}",
             rollout_id=rollout.rollout_id,
             prompt_id=rollout.prompt_id,
+            conversation=rollout.conversation,
             probability_a=0.7,
         )
         labels.append(encode("preferences", rollout.prompt_id, label))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import random
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -20,9 +21,15 @@ class Weather(enum.Enum):
     """Connections stay open and nothing arrives, as when a cable is cut: half-open connections."""
     REFUSED = "refused"
     """Connections are reset, and new ones refused at once."""
+    DEAF = "deaf"
+    """Requests arrive and answers are lost: what was asked for happens, and nobody is told."""
+    LOSSY = "lossy"
+    """Now and then a connection breaks in the middle of a message."""
 
 
 DELAY_S = 0.2
+BREAKS = 0.05
+"""Share of the pieces of data at which a lossy connection breaks."""
 
 
 class Proxy:
@@ -34,6 +41,9 @@ class Proxy:
         self._weather = Weather.FINE
         self._changed = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._robbed: set[asyncio.StreamWriter] = set()
+        """To clients that lack an answer: their connections cannot go on."""
+        self._dice = random.Random(port)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy-{port}", daemon=True)
 
@@ -62,6 +72,9 @@ class Proxy:
         self._changed = asyncio.Event()
         if weather is Weather.REFUSED:
             self._reset()
+        for writer in self._robbed:
+            writer.transport.abort()
+        self._robbed.clear()
 
     async def _close(self) -> None:
         self._server.close()
@@ -87,16 +100,25 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, back}
-        await asyncio.gather(self._forward(reader, back), self._forward(there, writer))
+        await asyncio.gather(self._forward(reader, back), self._forward(there, writer, answers=True))
         self._writers -= {writer, back}
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 while self._weather is Weather.SILENT:
                     await self._changed.wait()
+                if self._weather is Weather.DEAF and answers:
+                    self._robbed.add(writer)
+                    continue
+                if self._weather is Weather.LOSSY and self._dice.random() < BREAKS:
+                    writer.write(data[: len(data) // 2])
+                    await writer.drain()
+                    break
                 if self._weather is Weather.SLOW:
                     await asyncio.sleep(DELAY_S)
                 writer.write(data)
                 await writer.drain()
-        writer.transport.abort()
+        writer.close() if self._weather is Weather.LOSSY else writer.transport.abort()
