@@ -42,7 +42,7 @@ def test_a_score_that_is_no_number_stops_the_run_and_does_not_come_back_with_the
         run(folder, Broken(value), steps=5)
     said = str(caught.value)
     assert f"1 of 12 answers a score that is no number ({value} for label 'label-" in said
-    assert "put another reward model in force" in said
+    assert "start the reward service again from a good model" in said
     assert "last good checkpoint stays in force" in said
     assert holds(folder)
     run(folder, steps=4)

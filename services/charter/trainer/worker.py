@@ -175,8 +175,8 @@ class TrainerWorker:
             raise TrainingStopped(
                 f"training stopped itself at step {self._trainer.step}: the reward model {digest[:12]} gave "
                 f"{len(broken)} of {len(scores)} answers a score that is no number ({scores[broken[0]]} for "
-                f"label {label!r}); put another reward model in force and start again. Nothing was learned "
-                "from these labels, and the last good checkpoint stays in force"
+                f"label {label!r}); start the reward service again from a good model, then the training. "
+                "Nothing was learned from these labels, and the last good checkpoint stays in force"
             )
 
     async def _step(self, consumer: Consumer, taken: Take, plan: Plan) -> None:
