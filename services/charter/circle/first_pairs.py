@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from charter.bus import Bus, Outgoing
-from charter.bus.base import REPLAY_GROUP_HEADER
+from charter.bus import Bus, Outgoing, Record
+from charter.bus.base import REPLAY_GROUP_HEADER, Bounds
 from charter.bus.messages import encode
 from charter.bus.topics import PREFERENCES
 from charter.circle.config import CircleConfig
@@ -33,7 +33,9 @@ from charter.trainer.labels import GROUP as TRAINER
 from charter.v1 import events_pb2, types_pb2
 
 _CHUNK = 32
-_READ, _PATIENCE_S = 500, 2.0
+_READ = 500
+_JOIN_S = 60.0
+"""How long a group may take to give the trainer its partitions."""
 _EVERY = 3
 """One pair in so many has an answer with another's opening."""
 _OPENING_WORDS = 4
@@ -74,7 +76,7 @@ def _published(bus: Bus) -> int:
     for partition, bounds in bus.bounds(PREFERENCES).items():
         offset = bounds.first
         while offset < bounds.end:
-            found = bus.fetch(PREFERENCES, partition, offset, _READ, timeout=_PATIENCE_S)
+            found = bus.fetch(PREFERENCES, partition, offset, _READ)
             if not found:  # markers alone are left
                 break
             count += len(found)
@@ -139,10 +141,24 @@ async def _with_opening_of(
 def pass_over(bus: Bus, member: str) -> None:
     """Moves the trainer's group behind the first pairs, so that the sampler is not paced by them.
 
-    For the time before the trainer begins: it takes the member's place in the group.
+    For the time before the trainer begins: it takes the member's place in the group. Raises `Fenced` where
+    another process holds it.
     """
-    ends = {p: b.end for p, b in bus.bounds(PREFERENCES).items() if b.end > b.first}
-    last = [record for p, end in ends.items() for record in bus.fetch(PREFERENCES, p, end - 1, 1)]
+    last = [record for p, bounds in bus.bounds(PREFERENCES).items() for record in _last(bus, p, bounds)]
     with bus.consumer(TRAINER, [PREFERENCES], member) as consumer:
+        give_up = time.monotonic() + _JOIN_S
         consumer.poll(1, 1.0)
+        while not {record.source for record in last} <= consumer.assignment() and time.monotonic() < give_up:
+            consumer.poll(1, 1.0)
         consumer.commit(last)
+
+
+def _last(bus: Bus, partition: int, bounds: Bounds) -> list[Record]:
+    """The last record of a partition, if it has one: behind it there may be markers."""
+    back = 1
+    while True:
+        start = max(bounds.first, bounds.end - back)
+        found = bus.fetch(PREFERENCES, partition, start, back)
+        if found or start == bounds.first:
+            return found[-1:]
+        back *= 2
