@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.message import Message
 
 from charter.bus import Record
 from charter.bus.messages import SCHEMA_VERSION, decode, encode
@@ -82,29 +85,49 @@ def test_this_release_reads_what_the_first_release_wrote(name: str) -> None:
 def test_a_reader_of_the_first_release_reads_what_this_release_writes(name: str) -> None:
     event = getattr(events_pb2, name.rpartition(".")[2])()
     json_format.ParseDict(EVENTS[name]["json"], event)
-    old_class = message_factory.GetMessageClass(first_release().FindMessageTypeByName(name))
-    old = old_class.FromString(event.SerializeToString())
+    old = old_class(name).FromString(event.SerializeToString())
     assert json_format.MessageToDict(old, preserving_proto_field_name=True) == EVENTS[name]["json"]
+
+
+def old_class(name: str) -> type[Message]:
+    """What a reader of the first release parses an event with."""
+    return message_factory.GetMessageClass(first_release().FindMessageTypeByName(name))
+
+
+def with_a_field_to_come(message: Message) -> int:
+    """Adds field 900, three bytes, to a message and to all within it; says to how many."""
+    changed = 1
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for inner in value if field.is_repeated else [value]:
+            changed += with_a_field_to_come(inner)
+    message.MergeFromString(b"\xa2\x38\x03new")
+    return changed
 
 
 @pytest.mark.parametrize("name", EVENTS)
 def test_a_field_of_a_release_to_come_is_passed_over_and_kept(name: str) -> None:
-    recorded = bytes.fromhex(EVENTS[name]["bytes"])
-    to_come = recorded + b"\xa2\x38\x03new"  # field 900, three bytes
-    event = getattr(events_pb2, name.rpartition(".")[2]).FromString(to_come)
-    meaning = json_format.MessageToDict(event, preserving_proto_field_name=True)
-    assert meaning == EVENTS[name]["json"]
-    assert b"new" in event.SerializeToString()
+    to_come = getattr(events_pb2, name.rpartition(".")[2]).FromString(bytes.fromhex(EVENTS[name]["bytes"]))
+    changed = with_a_field_to_come(to_come)
+    value = to_come.SerializeToString()
+    assert value.count(b"new") == changed
+    for reader in (getattr(events_pb2, name.rpartition(".")[2]), old_class(name)):
+        event = reader.FromString(value)
+        meaning = json_format.MessageToDict(event, preserving_proto_field_name=True)
+        assert meaning == EVENTS[name]["json"]
+        assert event.SerializeToString().count(b"new") == changed
 
 
-def test_no_field_of_the_first_release_changed_its_number_or_type() -> None:
+def test_no_field_or_value_of_the_first_release_changed_its_number_or_type() -> None:
     """What `buf breaking` checks on the wire, without needing buf."""
     files = descriptor_pb2.FileDescriptorSet.FromString((RECORDED / "first_release.binpb").read_bytes())
+    checked = 0
     for file in files.file:
-        for message in file.message_type:
-            now = {f.number: f for f in _proto_of(f"{file.package}.{message.name}").field}
+        for name, message in _all_of(file.package, file.message_type):
+            now = {f.number: f for f in _proto_of(name).field}
             for field in message.field:
-                assert field.number in now, f"{message.name}.{field.name} is gone"
+                assert field.number in now, f"{name}.{field.name} is gone"
                 same = now[field.number]
                 assert (same.name, same.type, same.label, same.type_name) == (
                     field.name,
@@ -112,6 +135,23 @@ def test_no_field_of_the_first_release_changed_its_number_or_type() -> None:
                     field.label,
                     field.type_name,
                 )
+                checked += 1
+        for enum in file.enum_type:
+            values = (
+                descriptor_pool.Default().FindEnumTypeByName(f"{file.package}.{enum.name}").values_by_name
+            )
+            for value in enum.value:
+                assert values[value.name].number == value.number
+                checked += 1
+    assert checked > 100
+
+
+def _all_of(scope: str, messages: Iterable[descriptor_pb2.DescriptorProto]) -> Iterator[tuple[str, Any]]:
+    """The messages by their full names, and those that are declared within them."""
+    for message in messages:
+        name = f"{scope}.{message.name}"
+        yield name, message
+        yield from _all_of(name, message.nested_type)
 
 
 def _proto_of(name: str) -> descriptor_pb2.DescriptorProto:
