@@ -37,6 +37,8 @@ class Proxy:
 
     def __init__(self, port: int, target_port: int) -> None:
         self.port = port
+        self.accepted = 0
+        """Connections so far."""
         self._target_port = target_port
         self._weather = Weather.FINE
         self._changed = asyncio.Event()
@@ -91,6 +93,7 @@ class Proxy:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         if self._weather is Weather.REFUSED:
             writer.transport.abort()
             return

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from kafka.future import Future
+from tests.kafka.arena import Cluster
+from tests.kafka.proxy import Weather
 from tests.kafka.support import CACHE, nothing_yet, patiently, require_tools
 
 from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
@@ -147,6 +151,31 @@ def test_a_bus_that_was_opened_before_its_broker_works_when_it_is_there(broker: 
             early.publish([Outgoing("in", b"k", b"x")])
         broker.start()
         patiently(lambda: early.publish([Outgoing("in", b"k", b"x")]))
+
+
+def test_a_proxy_before_a_dead_broker_is_not_besieged(tmp_path: Path) -> None:
+    require_tools()
+    cluster = Cluster(tmp_path, 1)
+    try:
+        cluster.start()
+        with open_bus(cluster.uri) as bus:
+            bus.apply_topics([TopicSpec("in", 1)])
+            with bus.consumer("patient", ["in"]) as consumer:
+                bus.publish([Outgoing("in", b"k", b"1")])
+                consumer.commit(take(consumer))
+                (proxy,) = cluster.proxies
+                proxy.change(Weather.REFUSED)
+                before = proxy.accepted
+                seen = time.monotonic() + 4.0
+                while time.monotonic() < seen:
+                    with contextlib.suppress(BackendUnavailable):
+                        consumer.poll(10, 0.5)
+                assert 2 <= proxy.accepted - before <= 100  # a loop without pauses makes a thousand
+                proxy.change(Weather.FINE)
+                patiently(lambda: bus.publish([Outgoing("in", b"k", b"2")]))
+                assert [record.value for record in take(consumer)] == [b"2"]
+    finally:
+        cluster.stop()
 
 
 def test_work_longer_than_the_poll_interval_keeps_its_partition(bus: Bus) -> None:

@@ -38,6 +38,7 @@ def opened(kind: Any, options: KafkaOptions, settings: dict[str, Any]) -> Any:
         made = KafkaNetClient(**configs)
         networks.append(made)
         _with_deadline(made, options.timeout_s + _GRACE_S)
+        _with_backoff(made._manager)
         return made
 
     try:
@@ -57,6 +58,25 @@ def _with_deadline(client: Any, seconds: float) -> None:
         return run_without_bound(manager.wait_for, begun, seconds * 1000)
 
     network.run = run
+
+
+def _with_backoff(manager: Any) -> None:
+    """Connections that are accepted and then cut, as by a proxy before a dead broker, count as failures.
+
+    kafka-python forgets its backoff as soon as a connection is accepted, and would try hundreds of times a
+    second.
+    """
+    connect_only = manager._connect
+
+    async def connect(node: Any, connection: Any, **options: Any) -> None:
+        failures = manager._backoff.get(node.node_id)
+        await connect_only(node, connection, **options)
+        if connection.closed and node.node_id not in manager._backoff:
+            if failures is not None:
+                manager._backoff[node.node_id] = failures
+            manager.update_backoff(node.node_id)
+
+    manager._connect = connect
 
 
 def retire(client: Any) -> None:
