@@ -49,6 +49,7 @@ class RealWorkers:
     def __init__(self) -> None:
         self._checkpoints = Path()
         self._labels: dict[str, list[str]] = {}
+        self._counted: tuple[int, Counter[str]] = (0, Counter())
 
     def prepare(self, folder: Path, uri: str) -> dict[str, list[str]]:
         from tests.feedback_fixtures import write_constitution
@@ -70,6 +71,12 @@ class RealWorkers:
 
     def counted(self) -> Counter[str]:
         """In the lineage that survives: the labels of the newest checkpoint and of all before it."""
+        changed = self._checkpoints.stat().st_mtime_ns
+        if changed != self._counted[0]:
+            self._counted = (changed, self._count())
+        return self._counted[1]
+
+    def _count(self) -> Counter[str]:
         from charter.registry import Registry
         from charter.trainer.service import newest_of_lineage
 
@@ -77,10 +84,10 @@ class RealWorkers:
         newest = newest_of_lineage(registry)
         counts: Counter[str] = Counter()
         for manifest in registry.lineage(newest.id) if newest else ():
-            counts.update(self._labels_of(registry, manifest.id))
+            counts.update(self._labels_of(manifest.id))
         return counts
 
-    def _labels_of(self, registry: object, checkpoint: str) -> list[str]:
+    def _labels_of(self, checkpoint: str) -> list[str]:
         if checkpoint not in self._labels:
             file = self._checkpoints / checkpoint / "trainer" / "labels.jsonl"
             lines = file.read_text().splitlines() if file.exists() else []
