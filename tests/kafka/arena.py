@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.kafka.proxy import Proxy
-from tests.kafka.support import CACHE
+from tests.kafka.support import CACHE, patiently
 
 from charter.bus import Bus, Outgoing, open_bus
 from charter.bus.base import partition_for
 from charter.bus.broker import Broker, BrokerOptions, fetch_kafka, free_port
 from charter.bus.messages import decode, encode
 from charter.bus.topics import load_topics
-from charter.errors import BackendUnavailable
 from charter.v1 import events_pb2, types_pb2
 
 PARTITIONS = 8
@@ -207,24 +206,13 @@ class Publisher:
                 turn = types_pb2.ChatMessage(role=types_pb2.ROLE_USER, content=texts[-1])
                 event = events_pb2.PromptEvent(prompt_id=key, conversation=[turn])
                 messages.append(encode("prompts", key, event))
-            self._patiently(messages)
+            patiently(lambda: self._bus.publish(messages))
             self.sent += texts
             return texts
 
     def some(self, count: int) -> None:
         """Of random keys."""
         self.publish([f"key-{self._dice.randrange(KEYS)}" for _ in range(count)])
-
-    def _patiently(self, messages: list[Outgoing]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                self._bus.publish(messages)
-                return
-            except BackendUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
@@ -256,12 +244,15 @@ class Topic:
         self._events: list[Any] = []
 
     def events(self) -> list[Any]:
+        patiently(self._read_on)
+        return self._events
+
+    def _read_on(self) -> None:
         for partition, bounds in self._bus.bounds(self._name).items():
             offset = self._next.get(partition, bounds.first)
             while found := self._bus.fetch(self._name, partition, offset, 500):
                 self._events += [decode(record, self._message) for record in found]
                 offset = self._next[partition] = found[-1].offset + 1
-        return self._events
 
 
 class Arena:
