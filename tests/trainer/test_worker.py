@@ -223,7 +223,7 @@ def test_a_trainer_that_lost_its_partitions_takes_them_back_and_goes_on(tmp_path
     assert len(places) == len(set(places)) == 36
 
 
-KILLS, LONG = 20, {"steps": 48, "labels_per_step": 2, "checkpoint_every": 1}
+KILLS, LONG = 20, {"steps": 40, "labels_per_step": 2, "checkpoint_every": 1}
 
 
 def test_kill_9_at_twenty_random_instants_changes_no_parameter_and_counts_each_label_once(tmp_path, tiny):
