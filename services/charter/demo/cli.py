@@ -56,7 +56,7 @@ def demo(
     raise typer.Exit(0 if all(t.met for t in found) else 1)
 
 
-DEMO_STEPS = 48
+DEMO_STEPS = 60
 """PPO steps of the demo."""
 
 
