@@ -71,6 +71,7 @@ ROUNDS = (
             "SIGKILL of a sampler": (4, 1),
             "SIGKILL of a judge worker": (4, 1),
             "SIGKILL of the trainer": (4, 1),
+            "SIGKILL of sampler, judge worker and trainer": (1, 0),
             "SIGKILL of the model servers": (2, 1),
             "SIGSTOP of a sampler, past its session": (1, 0),
             "SIGSTOP of a judge worker, past its session": (1, 1),

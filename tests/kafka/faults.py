@@ -20,6 +20,11 @@ def kill(kind: str = "") -> Fault:
     return fault
 
 
+def kill_one_of_each(arena: Arena) -> None:
+    for kind in ("sampler", "judge", "trainer"):
+        arena.workers.one(arena.dice, kind).kill()
+
+
 def stop(kind: str = "") -> Fault:
     def fault(arena: Arena) -> None:
         process = arena.workers.one(arena.dice, kind)
@@ -58,6 +63,7 @@ def weather(kind: Weather, seconds: float) -> Fault:
 FAULTS: dict[str, Fault] = {
     "none": lambda arena: time.sleep(1.0),
     "SIGKILL of a worker": kill(),
+    "SIGKILL of sampler, judge worker and trainer": kill_one_of_each,
     "SIGKILL of a sampler": kill("sampler"),
     "SIGKILL of a judge worker": kill("judge"),
     "SIGKILL of the trainer": kill("trainer"),

@@ -20,8 +20,7 @@ pytestmark = [
 ]
 
 FAULTS = {
-    "SIGKILL of the trainer": 1,
-    "SIGKILL of a sampler": 1,
+    "SIGKILL of sampler, judge worker and trainer": 1,
     "SIGSTOP of a judge worker, past its session": 1,
     "every broker killed and restarted": 1,
 }
