@@ -102,3 +102,20 @@ def test_a_range_reads_as_a_person_would_say_it():
     assert target.wanted == "5.0% to 25.0%"
     assert replace(target, low=0.0).wanted == "at most 25.0%"
     assert replace(target, high=1.0).wanted == "at least 5.0%"
+
+
+def test_the_share_of_the_bus_counts_commits_against_work_and_leaves_waiting_out():
+    spent = {
+        "sampler": {"poll": 500.0, "work": 60.0, "commit": 2.0},
+        "judge": {"poll": 100.0, "work": 136.0, "commit": 2.0},
+    }
+    assert report.bus_share(spent) == pytest.approx(4 / 200)
+    assert report.bus_share({}) == 0.0
+
+
+def test_the_summary_names_the_bus_and_its_share(record, tmp_path):
+    record.bus = {"judge": {"poll": 9.0, "work": 97.0, "commit": 3.0}}
+    places = _places(tmp_path)
+    report.write(tmp_path, record, CircleConfig(), replace(places, bus="kafka://127.0.0.1:9092"))
+    found = json.loads((tmp_path / "summary.json").read_text())["bus"]
+    assert found == {"kind": "kafka", "phase_seconds": record.bus, "share_of_a_rollouts_time": 0.03}

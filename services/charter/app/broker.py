@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from charter.app.settings import RunSettings
 from charter.telemetry.logs import get_logger
 
 log = get_logger(__name__)
@@ -17,10 +16,10 @@ _JARS = Path(".cache/kafka")
 
 
 @contextmanager
-def bus_of(common: RunSettings, state: Path) -> Iterator[str]:
+def bus_of(bus: str, state: Path) -> Iterator[str]:
     """The bus to use. Starts Kafka and creates its topics where that was asked for; raises `CharterError`."""
-    if common.bus != KAFKA:
-        yield common.bus
+    if bus != KAFKA:
+        yield bus
         return
     from charter.bus import open_bus
     from charter.bus.broker import local_broker
@@ -29,6 +28,6 @@ def bus_of(common: RunSettings, state: Path) -> Iterator[str]:
     log.info("starting a Kafka broker", folder=str(state / KAFKA))
     with local_broker(state / KAFKA, _JARS.absolute()) as broker:
         uri = f"kafka://{broker.address}"
-        with open_bus(uri) as bus:
-            bus.apply_topics(load_topics())
+        with open_bus(uri) as opened:
+            opened.apply_topics(load_topics())
         yield uri

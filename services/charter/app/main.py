@@ -34,7 +34,7 @@ def run_from_flags(flags: Mapping[str, object], settings: Sequence[str], file: P
     logs.configure(common.log.level, common.log.json)
     with ExitStack() as stack:
         state = stack.enter_context(StateFolder(common.state, common.targets))
-        common = replace(common, bus=stack.enter_context(bus_of(common, state.path)))
+        common = replace(common, bus=stack.enter_context(bus_of(common.bus, state.path)))
         ports = stack.enter_context(closing(PortReservations()))
         deployment = read_deployment(sources, common, ports)
         runner = stack.enter_context(asyncio.Runner(loop_factory=_new_loop))

@@ -85,6 +85,15 @@ class BusMetrics(Metrics):
             registry=registry,
         )
 
+    def spent(self) -> dict[str, dict[str, float]]:
+        """Group, phase: seconds so far."""
+        seconds: dict[str, dict[str, float]] = {}
+        for metric in self.phase_seconds.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_sum"):
+                    seconds.setdefault(sample.labels["group"], {})[sample.labels["phase"]] = sample.value
+        return seconds
+
     def observe_lag(self, lags: Sequence[Lag]) -> None:
         """Takes what `Bus.lag` says."""
         now_ms = time.time() * 1000

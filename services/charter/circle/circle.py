@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prometheus_client import CollectorRegistry
+
 from charter.bus import Bus, open_bus
+from charter.bus.metrics import BusMetrics
 from charter.bus.worker import WorkerOptions
 from charter.circle import first_pairs, learning, servers
 from charter.circle.config import CircleConfig, Places
@@ -212,6 +215,7 @@ class Circle:
         config = self._config
         policy, judge = PolicyModel(where.sampled), JudgeClient(where.judge)
         workers: list[Any] = []
+        metrics = BusMetrics.of(CollectorRegistry())
         try:
             if self._newest() is None and self.registry.serving("reward") is None:
                 await self._label(supply, bus, policy, judge, rounds)
@@ -223,9 +227,14 @@ class Circle:
             options = WorkerOptions(max_records=config.labels_per_step, poll_timeout_s=0.2, drain_s=5.0)
             workers = [
                 sampling.worker(
-                    bus, policy, settings, member=SAMPLER, options=replace(options, room_interval_s=0.1)
+                    bus,
+                    policy,
+                    settings,
+                    member=SAMPLER,
+                    options=replace(options, room_interval_s=0.1),
+                    metrics=metrics,
                 ),
-                judging.worker(bus, judge, member=JUDGE, options=options),
+                judging.worker(bus, judge, member=JUDGE, options=options, metrics=metrics),
             ]
             source = await asyncio.to_thread(prompt_source, bus, supply, config, self._places.state)
             async with asyncio.TaskGroup() as group:
@@ -237,6 +246,7 @@ class Circle:
         finally:
             for worker in workers:
                 worker.stop()
+            self._tell(News(Kind.BUS, metrics.spent()))
             await policy.close()
             await judge.close()
 

@@ -41,6 +41,8 @@ class Kind(enum.StrEnum):
     """name of a topic: records that wait, and records a second"""
     BUSY = "busy"
     """who, begin, end: an engine (`sampling`, `judging`) had work from one time to the other"""
+    BUS = "bus"
+    """group of sampler and judge: seconds in each phase of its batches; when PPO ends"""
     PROBLEM = "problem"
     """message: something failed; the circle stands still or has ended"""
 

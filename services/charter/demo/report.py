@@ -78,6 +78,16 @@ def targets(rates: Mapping[str, Rates]) -> list[Target]:
     ]
 
 
+def bus_share(spent: Mapping[str, Mapping[str, float]]) -> float:
+    """Of the time that rollouts are worked on, sampled and judged, what publishing and committing them takes.
+
+    Waiting counts for neither: for prompts, or for the trainer to want more.
+    """
+    commit = sum(phases.get("commit", 0.0) for phases in spent.values())
+    work = sum(phases.get("work", 0.0) for phases in spent.values())
+    return commit / (commit + work) if commit else 0.0
+
+
 def write(out: Path, record: Record, config: CircleConfig, places: Places) -> list[Target]:
     """Writes the three files into `out`; returns the targets."""
     found = targets(record.rates)
@@ -103,6 +113,11 @@ def write(out: Path, record: Record, config: CircleConfig, places: Places) -> li
         },
         "ppo": record.steps,
         **record.busy,
+        "bus": {
+            "kind": places.bus.partition(":")[0],
+            "phase_seconds": record.bus,
+            "share_of_a_rollouts_time": bus_share(record.bus),
+        },
         "reward": record.reward,
         "gate": record.gate,
         "targets": [{**asdict(t), "met": t.met} for t in found],

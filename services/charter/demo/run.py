@@ -41,6 +41,8 @@ class Record:
         default_factory=lambda: {"sampling": [], "judging": []}
     )
     """While PPO ran: when the engine that samples, and the one that judges, had work."""
+    bus: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """While PPO ran, of sampler and judge: seconds of their batches' phases."""
     rates: dict[str, Any] = field(default_factory=dict)
     """Stage (seed, after_sl, after_rl): rates of `measure_chat`."""
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -114,6 +116,8 @@ async def run(config: CircleConfig, places: Places, held: Held, tell: Tell) -> R
                 record.reward.append({**news.values, "at": news.at})
             case Kind.BUSY:
                 record.busy[news.values["who"]].append((news.values["begin"], news.values["end"]))
+            case Kind.BUS:
+                record.bus = news.values
             case Kind.GATE if news.values["measurements"]:
                 decided = dict(news.values)  # told again when it serves: the last word on each counts
                 record.gate = [g for g in record.gate if g["checkpoint"] != decided["checkpoint"]]
