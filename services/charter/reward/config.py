@@ -79,8 +79,8 @@ class AugmentConfig:
     confident: float = 0.5
     """Only the preferred answers of this share of the labels are used, those that the judge was surest of."""
     target: float = 0.65
-    """Probability that the whole answer is better. Little above the judge's own clamp (0.6): surer, these pairs
-    would set the scale of scores, and what the judge labels would hardly count beside them."""
+    """Probability that the whole answer is better. Little above the judge's own clamp (0.6): were they surer,
+    these pairs would set the scale of scores, and what the judge labels would hardly count beside them."""
 
     def __post_init__(self) -> None:
         shares = (self.mismatched, self.grafted, self.replaced, self.swapped, self.repeated, self.dropped)
