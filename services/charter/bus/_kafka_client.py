@@ -21,6 +21,8 @@ from kafka import errors as kafka_errors
 
 # kafka-python complains of every step of its loop that takes 0.1 s, as any does on a busy machine.
 logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
+# The first member of a group assigns partitions before it has read about the topic; it does so again at once.
+logging.getLogger("kafka.coordinator.assignors").setLevel(logging.ERROR)
 
 BATCH_BYTES = 1024 * 1024
 """A batch of small messages grows up to this size."""
