@@ -73,7 +73,7 @@ def demo(
     raise typer.Exit(0 if all(t.met for t in found) else 1)
 
 
-DEMO_STEPS = 60
+DEMO_STEPS = 48
 """PPO steps of the demo."""
 
 

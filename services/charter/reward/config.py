@@ -78,9 +78,9 @@ class AugmentConfig:
     """A part of the loser is missing. Off: what is missing may be a flourish."""
     confident: float = 0.5
     """Only the preferred answers of this share of the labels are used, those that the judge was surest of."""
-    target: float = 0.65
-    """Probability that the whole answer is better. Little above the judge's own clamp (0.6): were they surer,
-    these pairs would set the scale of scores, and what the judge labels would hardly count beside them."""
+    target: float = 0.9
+    """Probability that the whole answer is better; below 1, as a spoilt copy may still be good. Nearer to the
+    clamp of labels a model agrees better with the judge, and guards worse against what it never judged."""
 
     def __post_init__(self) -> None:
         shares = (self.mismatched, self.grafted, self.replaced, self.swapped, self.repeated, self.dropped)
