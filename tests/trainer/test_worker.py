@@ -1,6 +1,7 @@
 """The trainer on the bus: what it consumes, what it writes, and that no kill changes anything."""
 
 import json
+import math
 import multiprocessing
 import random
 import resource
@@ -255,16 +256,17 @@ def test_kill_9_at_twenty_random_instants_changes_no_parameter_and_counts_each_l
     undisturbed.join()
     assert (first.exitcode, undisturbed.exitcode) == (0, 0)
     instants = random.Random(7)
-    for _ in range(KILLS):
+    for number in range(KILLS):
         process, before = life(killed), step(killed)
-        end = time.monotonic() + instants.uniform(0.3, 1.0) * span
-        while time.monotonic() < end and step(killed) == before:
+        # Every other life is long enough for a step, however busy the machine is.
+        end = math.inf if number % 2 else time.monotonic() + instants.uniform(0.3, 1.0) * span
+        while time.monotonic() < end and step(killed) == before and process.is_alive():
             process.join(0.02)
         process.join(instants.uniform(0.0, 0.03))  # somewhere in the next step, if there was one
         assert process.is_alive(), "there is work for more lives than these"
         process.kill()
         process.join()
-    assert 2 < step(killed) < LONG["steps"], "they did some of the work"
+    assert KILLS // 2 <= step(killed) < LONG["steps"], "they did some of the work"
     last = life(killed)
     last.join()
     assert last.exitcode == 0
