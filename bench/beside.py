@@ -73,7 +73,7 @@ class Run:
 
     def url(self) -> str:
         """Where it answers, once it does."""
-        self.until(lambda: ENDPOINT.search(self.output) is not None)
+        self.until(lambda: "ready after" in self.output)
         found = ENDPOINT.search(self.output)
         assert found is not None
         return found[1]
@@ -107,14 +107,28 @@ class Asking:
         self.seconds: dict[str, list[float]] = {}
         self._run, self._every, self._url = run, every, run.url()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._ask_on, daemon=True)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._ask_until_stopped, daemon=True)
         self._thread.start()
 
     def stop(self) -> dict[str, list[float]]:
-        """What was measured."""
+        """What was measured; raises what ended the asking."""
         self._stopping.set()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self.seconds
+
+    @property
+    def failed(self) -> bool:
+        """No more is asked."""
+        return self._error is not None
+
+    def _ask_until_stopped(self) -> None:
+        try:
+            self._ask_on()
+        except OSError as error:
+            self._error = error
 
     def _ask_on(self) -> None:
         requests = sample(SEED, RequestClass.PLAIN, Split.HELDOUT, 400)
@@ -147,15 +161,21 @@ def measure_latency(folder: Path, every: float, alone: int) -> list[dict[str, An
         run = Run(folder / f"latency-{learn}", learn)
         try:
             asking = Asking(run, every)
-            if learn:
-                run.until(lambda run=run: run.phase == "done")  # type: ignore[misc]
-            else:
-                run.until(lambda asking=asking: len(asking.seconds.get(ALONE, ())) >= alone)  # type: ignore[misc]
+            enough = _learned(run) if learn else _asked(asking, alone)
+            run.until(lambda enough=enough, asking=asking: enough() or asking.failed)  # type: ignore[misc]
             seconds |= asking.stop()
         finally:
             run.close()
     base = statistics.median(seconds[ALONE])
     return [_row(phase, taken, base) for phase, taken in seconds.items()]
+
+
+def _learned(run: Run) -> Callable[[], bool]:
+    return lambda: run.phase == "done"
+
+
+def _asked(asking: Asking, count: int) -> Callable[[], bool]:
+    return lambda: len(asking.seconds.get(ALONE, ())) >= count
 
 
 def _row(phase: str, taken: Sequence[float], base: float) -> dict[str, Any]:
