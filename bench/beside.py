@@ -163,7 +163,10 @@ def measure_latency(folder: Path, every: float, alone: int) -> list[dict[str, An
             asking = Asking(run, every)
             enough = _learned(run) if learn else _asked(asking, alone)
             run.until(lambda enough=enough, asking=asking: enough() or asking.failed)  # type: ignore[misc]
-            seconds |= asking.stop()
+            measured = asking.stop()
+            if learn:
+                measured.pop(ALONE, None)  # before its first phase
+            seconds |= measured
         finally:
             run.close()
     base = statistics.median(seconds[ALONE])
