@@ -24,6 +24,10 @@ logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
 # The first member of a group assigns partitions before it has read about the topic; it does so again at once.
 logging.getLogger("kafka.coordinator.assignors").setLevel(logging.ERROR)
 
+RETRY_MS = 10
+"""After this long a transaction asks again that found the one before it still being closed."""
+FETCH_WAIT_MS = 50
+"""How long a broker that has nothing new keeps a reader waiting."""
 BATCH_BYTES = 1024 * 1024
 """A batch of small messages grows up to this size."""
 
@@ -147,6 +151,7 @@ class KafkaOptions:
             "max_block_ms": int(self.timeout_s * 1000),
             "delivery_timeout_ms": int(self.timeout_s * 2000),  # more than one request may take
             "compression_type": None if self.compression == "none" else self.compression,
+            "retry_backoff_ms": RETRY_MS,
             "batch_size": BATCH_BYTES,
             "max_request_size": MAX_MESSAGE_BYTES + OVERHEAD_BYTES,
             "allow_auto_create_topics": False,
@@ -160,6 +165,7 @@ class KafkaOptions:
             "enable_auto_commit": False,
             "auto_offset_reset": "earliest",
             "isolation_level": "read_committed",
+            "fetch_max_wait_ms": FETCH_WAIT_MS,
             "allow_auto_create_topics": False,
         }
 
