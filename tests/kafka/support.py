@@ -21,6 +21,18 @@ PATIENCE_S = 120.0
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "kafka"
 
+ON_A_BROKER = [
+    pytest.mark.kafka,
+    pytest.mark.timeout(600),
+    # kafka-python leaves the sockets of failed connections to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+"""The marks of a module whose broker fails on purpose."""
+
+QUICK = "timeout=6&transaction_timeout=8"
+"""Options of a bus that gives up soon."""
+
 IMPATIENT = {"log.retention.check.interval.ms": "500", "log.initial.task.delay.ms": "500"}
 """A broker that looks for old segments often enough for a test."""
 

@@ -11,7 +11,7 @@ import pytest
 from kafka.future import Future
 from tests.kafka.arena import Cluster
 from tests.kafka.proxy import Weather
-from tests.kafka.support import CACHE, nothing_yet, patiently, require_tools
+from tests.kafka.support import CACHE, ON_A_BROKER, QUICK, nothing_yet, patiently, require_tools
 
 from charter.bus import Bus, Consumer, ConsumerOptions, Outgoing, Record, TopicSpec, open_bus
 from charter.bus.base import Partition
@@ -20,15 +20,7 @@ from charter.bus.kafka import KafkaBus
 from charter.bus.topics import load_topics
 from charter.errors import BackendUnavailable, Fenced
 
-pytestmark = [
-    pytest.mark.kafka,
-    pytest.mark.timeout(600),
-    # kafka-python leaves the sockets of failed connections to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
-QUICK = "timeout=6&transaction_timeout=8"
+pytestmark = ON_A_BROKER
 
 
 @pytest.fixture(scope="module")

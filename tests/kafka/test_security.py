@@ -9,22 +9,14 @@ from pathlib import Path
 
 import pytest
 from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
-from tests.kafka.support import CACHE, nothing_yet, patiently, require_tools
+from tests.kafka.support import CACHE, ON_A_BROKER, QUICK, nothing_yet, patiently, require_tools
 
 from charter.bus import Outgoing, TopicSpec, open_bus
 from charter.bus.broker import Broker, BrokerOptions, fetch_kafka, free_port
 from charter.errors import BackendUnavailable, CharterError
 from kafka import KafkaAdminClient
 
-pytestmark = [
-    pytest.mark.kafka,
-    pytest.mark.timeout(600),
-    # kafka-python leaves the sockets of failed connections to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
-QUICK = "timeout=6&transaction_timeout=8"
+pytestmark = ON_A_BROKER
 
 
 @dataclass(frozen=True)

@@ -193,31 +193,15 @@ class Publisher:
         prompts = suite.load(config.suite, config.gate.looks[-1])
         measuring = Measuring(arena, prompts, config.gate, examiner)
         self.gatekeeper = Gatekeeper(registry, self.promoter, measuring, metrics)
+        self._follower = Follower(registry, learners)
+        groups: dict[str, Gatekeeper | Follower] = {GATE_GROUP: self.gatekeeper}
+        if learners:
+            groups[FOLLOWER_GROUP] = self._follower
         one = WorkerOptions(max_records=1)
         self._workers = [
-            Worker(
-                bus,
-                GATE_GROUP,
-                [CHECKPOINTS],
-                self.gatekeeper,
-                member=config.member,
-                options=one,
-                metrics=bus_metrics,
-            )
+            Worker(bus, group, [CHECKPOINTS], handler, member=config.member, options=one, metrics=bus_metrics)
+            for group, handler in groups.items()
         ]
-        self._follower = Follower(registry, learners)
-        if learners:
-            self._workers.append(
-                Worker(
-                    bus,
-                    FOLLOWER_GROUP,
-                    [CHECKPOINTS],
-                    self._follower,
-                    member=config.member,
-                    options=one,
-                    metrics=bus_metrics,
-                )
-            )
         self._stopping = asyncio.Event()
 
     @classmethod
