@@ -5,10 +5,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.circle.labels import label
 
 from charter.bus import Position, open_bus
 from charter.bus.base import REPLAY_GROUP_HEADER
-from charter.bus.messages import decode, encode
+from charter.bus.messages import decode
 from charter.circle import first_pairs
 from charter.circle.config import CircleConfig, PromptSources
 from charter.circle.prompts import Supply, prompt_source
@@ -83,27 +84,17 @@ async def test_the_source_fills_the_backlog_from_what_was_read_and_a_later_start
     assert state["published"] == 48
 
 
-def _label(number, **headers):
-    event = events_pb2.PreferenceEvent(preference_id=f"label-{number}", prompt_id=f"prompt-{number}")
-    event.prompt_token_ids.extend([1, 2])
-    for answer in (event.answer_a, event.answer_b):
-        answer.token_ids.extend([3, 4])
-        answer.logprobs.extend([-1.0, -1.0])
-    message = encode("preferences", event.prompt_id, event)
-    return replace(message, headers={**message.headers, **headers})
-
-
 def test_first_pairs_neither_hold_the_sampler_back_nor_teach_the_policy(tmp_path):
     addressed = {REPLAY_GROUP_HEADER: b"reward"}
     with open_bus(f"sqlite:{tmp_path}/bus.db") as bus:
-        lies = bus.publish([_label(i, **addressed) for i in range(60)])
+        lies = bus.publish([label(i, **addressed) for i in range(60)])
         assert all(isinstance(place, Position) for place in lies)
         pacer = Pacer(bus, SamplerConfig(batch_size=8, max_staleness=1), 8)
         assert not pacer.has_room()
         first_pairs.pass_over(bus, "trainer-0")
         assert pacer.under_way() == 0
         first_pairs.pass_over(bus, "trainer-0")  # a later start changes nothing
-        bus.publish([_label(i) for i in range(100, 108)])
+        bus.publish([label(i) for i in range(100, 108)])
         assert sum(lag.records for lag in bus.lag(GROUP, ["preferences"])) == 8
         taken = take(bus, {}, 8, Limits(vocabulary=10, context=10))
         assert {label.event.preference_id for label in taken.labels} == {

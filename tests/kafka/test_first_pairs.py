@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.circle.labels import label
 from tests.kafka.support import kafka_uri
 
 from charter.bus import Bus, Outgoing, open_bus
 from charter.bus.base import REPLAY_GROUP_HEADER
 from charter.bus.kafka import KafkaBus
-from charter.bus.messages import encode
 from charter.circle import first_pairs
 from charter.sampler.config import SamplerConfig
 from charter.sampler.pacing import Pacer
 from charter.trainer.labels import Limits, take
-from charter.v1 import events_pb2
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 
@@ -29,16 +27,6 @@ def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
         if any(bounds.end for bounds in bus.bounds("preferences").values()):
             pytest.skip("these tests count, and this broker's topic is in use")
         yield bus
-
-
-def label(number: int, **headers: bytes) -> Outgoing:
-    event = events_pb2.PreferenceEvent(preference_id=f"label-{number}", prompt_id=f"prompt-{number}")
-    event.prompt_token_ids.extend([1, 2])
-    for answer in (event.answer_a, event.answer_b):
-        answer.token_ids.extend([3, 4])
-        answer.logprobs.extend([-1.0, -1.0])
-    message = encode("preferences", event.prompt_id, event)
-    return replace(message, headers={**message.headers, **headers})
 
 
 def first_pair(number: int) -> Outgoing:
