@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import sqlite3
+import subprocess
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +70,28 @@ class Log:
     def child(self, *arguments: object) -> Sequence[str]:
         """The command line of a process that uses this log (see child.py)."""
         return [*CHILD, self.uri, *(str(argument) for argument in arguments)]
+
+    def stop(self, process: subprocess.Popen[str]) -> None:
+        """SIGSTOP, between two writes: who is stopped within one keeps the embedded log's lock with it."""
+        while True:
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if self.kind != "sqlite" or self._can_be_written():
+                return
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+
+    def _can_be_written(self) -> bool:
+        path = self.uri.removeprefix("sqlite:")
+        with closing(sqlite3.connect(path, timeout=0.1, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorname != "SQLITE_BUSY":
+                    raise
+                return False
+            connection.execute("ROLLBACK")
+        return True
 
 
 @pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)] if KAFKA else ["sqlite"])

@@ -233,11 +233,14 @@ def test_a_process_that_was_stopped_cannot_commit_what_went_to_another(log: Log,
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as zombie:
         assert zombie.stdout is not None
         assert zombie.stdout.readline() == "taken\n"
-        zombie.send_signal(signal.SIGSTOP)
-        with bus.consumer(group, [topic], member="heir", options=log.quick) as heir:
-            heir.commit(take(heir, 1), publish=texts(target, ["from the heir"]))
-            zombie.send_signal(signal.SIGCONT)
-            assert zombie.communicate("commit\n", timeout=PATIENCE_S)[0] == "fenced\n"
+        log.stop(zombie)
+        try:
+            with bus.consumer(group, [topic], member="heir", options=log.quick) as heir:
+                heir.commit(take(heir, 1), publish=texts(target, ["from the heir"]))
+                zombie.send_signal(signal.SIGCONT)
+                assert zombie.communicate("commit\n", timeout=PATIENCE_S)[0] == "fenced\n"
+        finally:
+            zombie.kill()  # a stopped one would be waited for
     assert values(everything(bus, target)) == ["from the heir"]
 
 

@@ -96,14 +96,18 @@ class Store:
                 f"{path}: the log cannot be opened ({error}); give a folder that can be written"
             ) from error
         with self._lock, self._translated():
-            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded by a new file only
+            if self._version() == 0:  # heeded by a new file only; an old one would wait for the write lock
+                self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute(f"PRAGMA synchronous = {synchronous.upper()}")
             self._connection.execute("PRAGMA journal_size_limit = 67108864")
             self._migrate()
 
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
     def _migrate(self) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        version = self._version()
         if version > SCHEMA_VERSION:
             raise ConfigError(
                 f"{self.path}: written by a newer Charter (log format {version}, this one knows "
