@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from charter.circle.config import CircleConfig
 from charter.config import Sources, assignments, keys_of, load
 from charter.errors import ConfigError
 
@@ -200,3 +201,24 @@ def test_a_key_at_the_wrong_level_is_refused_with_its_right_place() -> None:
         sources.build(Common, beside={"gateway": Gateway})
     with pytest.raises(ConfigError, match=r"unknown key 'gatway'; did you mean 'gateway'\?"):
         Sources(flags={"gatway.port": 5}).build(Common, beside={"gateway": Gateway})
+
+
+@dataclass(frozen=True)
+class Tight:
+    limits: Limits = field(default_factory=lambda: Limits(rate=1.0, burst=2))
+    gateway: Gateway = field(default_factory=lambda: Gateway(port=7, limits=Limits(burst=4)))
+    spare: Limits | None = None
+
+
+def test_what_is_not_given_stays_as_the_section_is_by_default() -> None:
+    given = {"limits.rate": 9, "gateway.limits.rate": 8, "spare.burst": 1}
+    assert load(Tight, flags=given) == Tight(
+        limits=Limits(rate=9.0, burst=2),
+        gateway=Gateway(port=7, limits=Limits(rate=8.0, burst=4)),
+        spare=Limits(rate=5.0, burst=1),
+    )
+
+
+def test_one_setting_of_ppo_leaves_the_circles_others() -> None:
+    usual = CircleConfig()
+    assert load(CircleConfig, flags={"ppo.beta": 0.1}) == replace(usual, ppo=replace(usual.ppo, beta=0.1))

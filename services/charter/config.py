@@ -181,24 +181,27 @@ class _Builder:
     def build(self, schema: type, tree: _Node) -> Any:
         return self._dataclass(schema, tree, self._section)
 
-    def _dataclass(self, schema: type, node: _Node, path: str) -> Any:
+    def _dataclass(self, schema: type, node: _Node, path: str, default: object = None) -> Any:
+        """What is not given comes from `default`, which its parent has there by default, or the schema."""
         if not isinstance(node.value, dict):
             raise ConfigError(f"{node.origin}: {path} is a section; give its fields, not {node.value!r}")
         hints = typing.get_type_hints(schema)
         names = [field.name for field in dataclasses.fields(schema) if field.init]
+        base: Any = default if isinstance(default, schema) else None
+        below = {f.name: getattr(base, f.name) if base else _default(f) for f in dataclasses.fields(schema)}
         given = {}
         for key, child in node.value.items():
             if key not in names:
                 raise self._unknown(child.origin, f"{path}.{key}" if path else key, names)
-            given[key] = self._value(hints[key], child, f"{path}.{key}" if path else key)
+            given[key] = self._value(hints[key], child, f"{path}.{key}" if path else key, below[key])
         for field in dataclasses.fields(schema):
-            if field.init and field.name not in given and _required(field):
+            if field.init and field.name not in given and base is None and _required(field):
                 where = f"{node.origin}: " if node.origin else ""
                 raise ConfigError(
                     f"{where}{path + '.' if path else ''}{field.name} is missing; it has no default"
                 )
         try:
-            return schema(**given)
+            return schema(**given) if base is None else dataclasses.replace(base, **given)
         except (ValueError, ConfigError) as error:
             where = node.origin or path
             raise ConfigError(f"{where}: {error}" if where else str(error)) from error
@@ -216,12 +219,12 @@ class _Builder:
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(siblings)}"
         return ConfigError(f"{origin}: unknown key '{path}'; {hint}")
 
-    def _value(self, kind: Any, node: _Node, path: str) -> Any:
+    def _value(self, kind: Any, node: _Node, path: str, default: object = None) -> Any:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if dataclasses.is_dataclass(kind):
-            return self._dataclass(cast(type, kind), node, path)
+            return self._dataclass(cast(type, kind), node, path, default)
         if origin in (typing.Union, types.UnionType):
-            return self._union(arguments, node, path)
+            return self._union(arguments, node, path, default)
         if origin is tuple:
             return tuple(self._value(arguments[0], item, path) for item in _items(node, path))
         if origin in (dict, Mapping, typing.get_origin(Mapping[str, str])):
@@ -236,16 +239,16 @@ class _Builder:
             )  # fmt: skip
         return _scalar(kind, node, path)
 
-    def _union(self, arguments: tuple[Any, ...], node: _Node, path: str) -> Any:
+    def _union(self, arguments: tuple[Any, ...], node: _Node, path: str, default: object) -> Any:
         if type(None) in arguments and node.value in (None, "", "none"):
             return None
         kinds = [kind for kind in arguments if kind is not type(None)]
         for kind in kinds[:-1]:
             try:
-                return self._value(kind, node, path)
+                return self._value(kind, node, path, default)
             except ConfigError:
                 continue
-        return self._value(kinds[-1], node, path)
+        return self._value(kinds[-1], node, path, default)
 
 
 def keys_of(schema: type, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -261,6 +264,13 @@ def keys_of(schema: type, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    """Of a field; None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _items(node: _Node, path: str) -> list[_Node]:
