@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import pytest
 
 from charter.errors import ConfigError
 from charter.reward.config import PromotionConfig, ScheduleConfig, WindowConfig
-from charter.reward.measure import Quality, drift, quality
+from charter.reward.measure import Quality, difference_error, drift, quality
 from charter.reward.promotion import decide
 from charter.reward.window import choose, is_heldout, next_round
 
@@ -84,6 +86,32 @@ def test_calibration_takes_each_pair_both_ways_round() -> None:
     )
 
 
+def test_the_error_of_a_difference_counts_only_labels_that_tell_two_models_apart() -> None:
+    labels = [0.6] * 100
+    good, half = [1.0] * 100, [1.0, -1.0] * 50
+    assert difference_error(good, good, labels) == 0
+    # Bernoulli, p = 1/2, n = 100: sqrt(p (1 - p) / (n - 1))
+    assert difference_error(good, half, labels) == pytest.approx(0.5 / math.sqrt(99))
+    assert difference_error(half, good, labels) == pytest.approx(0.5 / math.sqrt(99))
+    undecided = ([*good, 1.0], [*half, -1.0], [*labels, 0.5])
+    assert difference_error(*undecided) == difference_error(good, half, labels)
+    assert difference_error([1.0], [-1.0], [0.6]) == math.inf
+
+
+def test_the_error_of_a_difference_is_what_repeated_samples_show() -> None:
+    dice = random.Random(3)
+
+    def sample(n: int = 130) -> tuple[list[float], list[float], list[float]]:
+        first = [dice.choice((1.0, 1.0, 1.0, -1.0)) for _ in range(n)]
+        second = [-m if dice.random() < 0.15 else m for m in first]
+        return first, second, [dice.uniform(0.55, 0.9) for _ in range(n)]
+
+    samples = [sample() for _ in range(2000)]
+    gains = [quality(a, p).accuracy - quality(b, p).accuracy for a, b, p in samples]
+    told = [difference_error(*one) for one in samples]
+    assert statistics.fmean(told) == pytest.approx(statistics.stdev(gains), rel=0.08)
+
+
 def test_drift_is_wassersteins_distance() -> None:
     assert drift([1.0, 2.0, 3.0], [3.0, 1.0, 2.0]) == 0
     assert drift([1.5, 2.5], [1.0, 2.0]) == pytest.approx(0.5)
@@ -113,16 +141,28 @@ CONFIG = PromotionConfig(margin=0.01, min_accuracy=0.55)
     ],
 )
 def test_a_worse_model_never_comes_into_force(candidate, in_force, promoted) -> None:
-    verdict = decide(candidate, in_force, CONFIG)
+    verdict = decide(candidate, in_force, 0.0, CONFIG)
     assert verdict.promoted is promoted
     assert f"{candidate.accuracy:.3f}" in verdict.reason
+
+
+def test_a_difference_within_its_error_is_a_tie_which_the_loss_decides() -> None:
+    before = _quality(0.78, 0.2)
+    for accuracy, loss, error, promoted in [
+        (0.76, 0.1, 0.03, True),
+        (0.76, 0.1, 0.015, False),
+        (0.80, 0.3, 0.03, False),
+        (0.80, 0.3, 0.015, True),
+        (0.76, math.nan, math.inf, False),
+    ]:
+        assert decide(_quality(accuracy, loss), before, error, CONFIG).promoted is promoted
 
 
 def test_small_losses_cannot_add_up_over_many_rounds() -> None:
     in_force = _quality(0.80, 0.10)
     for _ in range(20):
         candidate = _quality(in_force.accuracy - 0.009, in_force.loss + 0.001)
-        if decide(candidate, in_force, CONFIG).promoted:
+        if decide(candidate, in_force, 0.0, CONFIG).promoted:
             in_force = candidate
     assert in_force.accuracy == 0.80
 

@@ -43,6 +43,9 @@ class ScheduleConfig:
     """New labels before each further one."""
     min_heldout: int = 32
     """Held-out labels before the first round; fewer measure nothing."""
+    renewal_epochs: float = 1.0
+    """Passes of a further round over its labels; of the first, `tuning.epochs`. A further round goes on from
+    the model in force, and its labels are worth the more the sooner they count."""
     catch_up: bool = False
     """After labels came faster than rounds: train every round that was missed, so that the same log always
     gives the same models, or (False) go on with the newest labels at once."""
@@ -50,6 +53,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.first < 2 or self.every < 1 or self.min_heldout < 2:
             raise ConfigError(f"{self} cannot work: first and min_heldout at least 2, every at least 1")
+        if not self.renewal_epochs > 0:
+            raise ConfigError(f"renewal_epochs is {self.renewal_epochs}; give a number above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +103,16 @@ class PromotionConfig:
 
     margin: float = 0.01
     """Held-out accuracies closer than this are a tie, which the held-out loss decides."""
+    errors: float = 1.0
+    """And so are those closer than so many standard errors of their difference."""
     min_accuracy: float = 0.55
     """A model below this is not used at all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.margin < 0.5 or not 0 <= self.min_accuracy <= 1:
-            raise ConfigError(f"{self} cannot work: margin from 0 to 0.5, min_accuracy a share")
+        if not 0 <= self.margin < 0.5 or not 0 <= self.min_accuracy <= 1 or self.errors < 0:
+            raise ConfigError(
+                f"{self} cannot work: margin from 0 to 0.5, min_accuracy a share, errors 0 or more"
+            )
 
 
 @dataclass(frozen=True, slots=True)

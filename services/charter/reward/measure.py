@@ -42,6 +42,32 @@ def quality(margins: Sequence[float], probabilities: Sequence[float]) -> Quality
     )
 
 
+def difference_error(
+    candidate: Sequence[float], in_force: Sequence[float], probabilities: Sequence[float]
+) -> float:
+    """Standard error of the difference between two models' accuracies on the same labels.
+
+    Args:
+        candidate, in_force: score(A) − score(B) of each pair, by each model.
+        probabilities: the soft label of each pair.
+
+    The difference is a mean over labels, weighted as accuracy is: only labels on which the models disagree
+    tell them apart, which makes it much surer than two accuracies taken for themselves. Infinite where fewer
+    than two labels count.
+    """
+    labels = [
+        (abs(2 * p - 1), _agreement(a, p) - _agreement(b, p))
+        for a, b, p in zip(candidate, in_force, probabilities, strict=True)
+        if p != 0.5
+    ]
+    if len(labels) < 2:
+        return math.inf
+    total = math.fsum(w for w, _ in labels)
+    mean = math.fsum(w * d for w, d in labels) / total
+    spread = math.fsum((w * (d - mean)) ** 2 for w, d in labels)
+    return math.sqrt(spread * len(labels) / (len(labels) - 1)) / total
+
+
 def drift(scores: Sequence[float], reference: Sequence[float]) -> float:
     """How far two sets of scores lie apart: Wasserstein's distance W₁, in the scores' own unit.
 

@@ -1,8 +1,9 @@
 """Whether a round's model comes into force: never a worse one. Pure.
 
-Both models are measured on the same held-out labels. Accuracies further apart than the margin decide alone.
-Closer ones are a tie, since a few hundred labels say no more: then the held-out loss decides, so that small
-losses of accuracy cannot add up over many rounds while nothing else improves.
+Both models are measured on the same held-out labels. Accuracies further apart than the margin, and than the
+standard error of their difference, decide alone. Closer ones are a tie, since a few hundred labels say no
+more: then the held-out loss decides, so that small losses of accuracy cannot add up over many rounds while
+nothing else improves.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ class Verdict:
     reason: str
 
 
-def decide(candidate: Quality, in_force: Quality | None, config: PromotionConfig) -> Verdict:
-    """Compares a candidate with the model in force (None: there is none)."""
+def decide(candidate: Quality, in_force: Quality | None, error: float, config: PromotionConfig) -> Verdict:
+    """Compares a candidate with the model in force (None: there is none).
+
+    `error` is the standard error of the difference of their accuracies (`measure.difference_error`).
+    """
     told = f"held-out accuracy {candidate.accuracy:.3f} on {candidate.labels} labels"
     if not candidate.accuracy >= config.min_accuracy:
         return Verdict(
@@ -32,9 +36,10 @@ def decide(candidate: Quality, in_force: Quality | None, config: PromotionConfig
         return Verdict(True, f"{told}; the first model")
     before = f"{in_force.accuracy:.3f} of the model in force"
     gain = candidate.accuracy - in_force.accuracy
-    if gain > config.margin:
+    margin = max(config.margin, config.errors * error)
+    if gain > margin:
         return Verdict(True, f"{told}, better than the {before}")
-    if gain < -config.margin:
+    if gain < -margin:
         return Verdict(False, f"{told}, worse than the {before}")
     losses = f"loss {candidate.loss:.4f} against {in_force.loss:.4f}"
     if candidate.loss <= in_force.loss:

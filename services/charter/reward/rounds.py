@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,8 @@ class Findings:
     augmented: int
     """Pairs that nobody labelled, beside them."""
     seconds: float
+    error: float = 0.0
+    """Standard error of the difference of their accuracies; 0 where there is no model in force."""
 
     def dumps(self) -> str:
         """As JSON."""
@@ -113,16 +115,19 @@ def run(
         pairs = labels.read((*chosen.replay, *chosen.newest))
         examples, augmented = _examples(pairs, vocabulary, config, job)
         held = labels.read(chosen.heldout), labels.read(chosen.reference)
-    before = None
+    before, error = None, 0.0
     if job.base_in_force:
-        before = _measured(network.load(vocabulary.folder, vocabulary), vocabulary, held, config)
+        before, margins = _measured(network.load(vocabulary.folder, vocabulary), vocabulary, held, config)
     model = _train(job, vocabulary, examples, config, target, report)
     evaluating()
-    after = _measured(model, vocabulary, held, config)
+    after, gained = _measured(model, vocabulary, held, config)
+    if before is not None:
+        error = measure.difference_error(gained, margins, [p.probability for p in held[0]])
     found = Findings(
         job=job,
         candidate=after,
         in_force=before,
+        error=error,
         learned=_learned(pairs),
         replayed=len(chosen.replay),
         augmented=augmented,
@@ -191,8 +196,11 @@ def _ids(prompt: tuple[int, ...], answer: str, vocabulary: Vocabulary) -> tuple[
 
 def _measured(
     model: Any, vocabulary: Vocabulary, held: tuple[list[Pair], list[Pair]], config: RewardConfig
-) -> Measured:
-    """Quality on the first list, scale on the answers of the second, drift from the second to the first."""
+) -> tuple[Measured, list[float]]:
+    """Quality on the first list, scale on the answers of the second, drift from the second to the first.
+
+    Beside it, by how much the model puts the first answer of each pair of the first list before the second.
+    """
     import torch
 
     heldout, reference = held
@@ -201,9 +209,8 @@ def _measured(
     margins = [a - b for a, b in raw[0]]
     scale = normalisation([r for pair in raw[1] for r in pair])
     scores = [[scale(r) for pair in part for r in pair] for part in raw]
-    return Measured(
-        measure.quality(margins, [p.probability for p in heldout]), scale, measure.drift(scores[0], scores[1])
-    )
+    quality = measure.quality(margins, [p.probability for p in heldout])
+    return Measured(quality, scale, measure.drift(scores[0], scores[1])), margins
 
 
 def _raw(
@@ -230,6 +237,9 @@ def _train(
     if not examples:
         raise ConfigError("a round has no label to train on; raise schedule.first")
     work = _work(target)
+    tuning = config.tuning
+    if job.base_in_force:
+        tuning = replace(tuning, epochs=config.schedule.renewal_epochs)
     with runs.quiet(config.tuning.seed):
         watch = runs.Watch(report)
         model = network.load(vocabulary.folder, vocabulary, seed=config.tuning.seed)
@@ -237,7 +247,7 @@ def _train(
             vocabulary.tokenizer.pad_token = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.end_id)
         trainer = SoftRewardTrainer(
             model=model,
-            args=TrlRewardConfig(**runs.arguments(config.tuning, work)),
+            args=TrlRewardConfig(**runs.arguments(tuning, work)),
             train_dataset=dataset(examples),
             processing_class=vocabulary.tokenizer,
             data_collator=SoftPairCollator(pad_token_id=vocabulary.pad_id),

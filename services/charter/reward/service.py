@@ -291,7 +291,7 @@ class RewardModel:
         if found is None:
             raise CheckpointError(f"{self._models.target(job)} is gone; the round is done again")
         before = found.in_force.quality if found.in_force else None
-        verdict = decide(found.candidate.quality, before, self._config.promotion)
+        verdict = decide(found.candidate.quality, before, found.error, self._config.promotion)
         scorer: Scorer | None = None
         if verdict.promoted:  # it has to load before anything says that it is in force
             made = self._models.candidate(job)
