@@ -30,7 +30,14 @@ class PromptSources:
 
 def _ppo() -> PPOConfig:
     return PPOConfig(
-        learning_rate=1e-4, value_learning_rate=5e-4, value_warmup_steps=3, epochs=2, micro_batch_tokens=4096
+        learning_rate=1e-4,
+        value_learning_rate=5e-4,
+        value_warmup_steps=3,
+        epochs=2,
+        micro_batch_tokens=4096,
+        # Harm goes as fast as at 0.05, and what a reward model only happens to like grows more slowly than a
+        # round of it takes to learn better.
+        beta=0.1,
     )
 
 
