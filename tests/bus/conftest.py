@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sqlite3
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,10 +19,6 @@ from tests.kafka import support
 
 from charter.bus import Bus, Cleanup, ConsumerOptions, TopicSpec, open_bus
 from charter.bus.sqlite import SqliteBus, SqliteOptions
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # kafka-python reads its schemas by a deprecated function
-    importlib.import_module("charter.bus.kafka")
 
 KAFKA = os.environ.get("CHARTER_TEST_KAFKA") == "1"
 CHILD = [sys.executable, str(Path(__file__).with_name("child.py"))]

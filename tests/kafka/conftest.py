@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import warnings
 
 import pytest
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # kafka-python reads its schemas by a deprecated function
-    importlib.import_module("charter.bus.kafka")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -239,7 +239,7 @@ class KafkaBus:
             options = {
                 "num_partitions": spec.partitions,
                 "replication_factor": self.options.replication,
-                "configs": _configs(spec, self.options.replication),
+                "configs": topic_configs(spec, self.options.replication),
             }
             try:
                 admin.create_topics({spec.name: options})
@@ -249,7 +249,7 @@ class KafkaBus:
             admin.create_partitions({spec.name: spec.partitions})
         elif change.action == "configure":
             resource = ConfigResource(
-                ConfigResourceType.TOPIC, spec.name, _configs(spec, self.options.replication)
+                ConfigResourceType.TOPIC, spec.name, topic_configs(spec, self.options.replication)
             )
             admin.alter_configs([resource])
 
@@ -336,7 +336,8 @@ def _spec(specs: dict[str, TopicSpec], topic: str) -> TopicSpec:
     return specs[topic]
 
 
-def _configs(spec: TopicSpec, replication: int) -> dict[str, str]:
+def topic_configs(spec: TopicSpec, replication: int) -> dict[str, str]:
+    """How a broker is to keep a topic. The Helm chart says the same (tests/helm)."""
     configs = {
         "cleanup.policy": spec.cleanup.value,
         "retention.ms": str(-1 if spec.retention_ms is None else spec.retention_ms),
