@@ -207,7 +207,7 @@ INSTANTS = (
     Instant("revising", _counted(r"^learning: revisions [1-9]")),
     Instant("supervised learning", _counted(r"^learning: training [1-9]")),
     Instant("gate of SL-CAI, and first pairs", _counted(r"^learning: comparing")),
-    Instant("reward round", lambda run, state: any((state / "reward" / "rounds").glob("*.work/*"))),
+    Instant("reward round", lambda run, state: (state / "reward" / "job.json").exists()),
     Instant("reinforcing", _counted(r"^learning: step ")),
 )
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import multiprocessing
 import random
 import time
 from collections import defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from tests.forks import fork_server
 from tests.publisher.lives import live
 from tests.registry.conftest import filler
 from tests.scripted import Scripted
@@ -67,8 +67,7 @@ def _instant(registry, name, door, mode):
 
 @pytest.mark.timeout(300)
 async def test_twenty_kills_give_no_second_verdict_and_serve_nothing_that_was_not_promoted(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.publisher.lives"])
+    context = fork_server()
     registry = Registry(tmp_path / "checkpoints")
     seed = registry.write(Facts(Kind.SEED), filler(0.5))
     registry.set_status(seed.id, Status.SERVING)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.forks import fork_server
 from tests.tiny import make_tiny_model
 from tests.trainer.circle import WIDE_AWAKE, Scorer, label, publishable, run, run_in_process, settings, world
 
@@ -233,9 +234,7 @@ def test_kill_9_at_twenty_random_instants_changes_no_parameter_and_counts_each_l
     for folder in (calm, killed):
         folder.mkdir()
         world(folder, tiny, labels=labels)
-    # A server that has imported everything forks each life, so that a life begins at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainer.warm"])
+    context = fork_server()
 
     def life(folder: Path, **options) -> multiprocessing.Process:
         process = context.Process(target=run_in_process, args=(str(folder), LONG | options))
@@ -245,9 +244,6 @@ def test_kill_9_at_twenty_random_instants_changes_no_parameter_and_counts_each_l
     def step(folder: Path) -> int:
         return len([*(folder / "checkpoints").glob("rl-*")])
 
-    server_is_up = context.Process(target=print)
-    server_is_up.start()
-    server_is_up.join()
     started = time.monotonic()
     first = life(calm, steps=2)
     first.join()
