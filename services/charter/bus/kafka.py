@@ -230,8 +230,20 @@ class KafkaBus:
             if created:
                 self._clients.admin.wait_for_topics(created, timeout_ms=int(self.options.timeout_s * 1000))
         if changes:
+            self._await_topics(specs)
             self._topics_read = -TOPICS_AGE_S
         return changes
+
+    def _await_topics(self, specs: Sequence[TopicSpec]) -> None:
+        """Waits until the brokers have heard of what the controller has decided."""
+        deadline = time.monotonic() + self.options.timeout_s
+        while late := [c for c in self.plan_topics(specs) if c.action != "refuse"]:
+            if time.monotonic() > deadline:
+                raise BackendUnavailable(
+                    f"{self.options.where}: topic {late[0].topic!r} is not yet as asked ({late[0].detail}); "
+                    "apply the topics again"
+                )
+            time.sleep(0.05)
 
     def _apply(self, change: TopicChange, spec: TopicSpec) -> None:
         admin = self._clients.admin
