@@ -186,16 +186,17 @@ class _Builder:
         if not isinstance(node.value, dict):
             raise ConfigError(f"{node.origin}: {path} is a section; give its fields, not {node.value!r}")
         hints = typing.get_type_hints(schema)
-        names = [field.name for field in dataclasses.fields(schema) if field.init]
+        fields = {field.name: field for field in dataclasses.fields(schema) if field.init}
         base: Any = default if isinstance(default, schema) else None
-        below = {f.name: getattr(base, f.name) if base else _default(f) for f in dataclasses.fields(schema)}
         given = {}
         for key, child in node.value.items():
-            if key not in names:
-                raise self._unknown(child.origin, f"{path}.{key}" if path else key, names)
-            given[key] = self._value(hints[key], child, f"{path}.{key}" if path else key, below[key])
-        for field in dataclasses.fields(schema):
-            if field.init and field.name not in given and base is None and _required(field):
+            name = f"{path}.{key}" if path else key
+            if key not in fields:
+                raise self._unknown(child.origin, name, list(fields))
+            usual = _default(fields[key]) if base is None else getattr(base, key)
+            given[key] = self._value(hints[key], child, name, usual)
+        for field in fields.values():
+            if field.name not in given and base is None and _required(field):
                 where = f"{node.origin}: " if node.origin else ""
                 raise ConfigError(
                     f"{where}{path + '.' if path else ''}{field.name} is missing; it has no default"

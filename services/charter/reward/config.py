@@ -44,8 +44,8 @@ class ScheduleConfig:
     min_heldout: int = 32
     """Held-out labels before the first round; fewer measure nothing."""
     renewal_epochs: float = 1.0
-    """Passes of a further round over its labels; of the first, `tuning.epochs`. A further round goes on from
-    the model in force, and its labels are worth the more the sooner they count."""
+    """Passes over its labels of a round that goes on from a model in force; of one that begins anew,
+    `tuning.epochs`. Fresh labels are worth the more the sooner they count."""
     catch_up: bool = False
     """After labels came faster than rounds: train every round that was missed, so that the same log always
     gives the same models, or (False) go on with the newest labels at once."""
