@@ -35,7 +35,7 @@ def _ppo() -> PPOConfig:
         value_warmup_steps=3,
         epochs=2,
         micro_batch_tokens=4096,
-        # Harm goes about as fast as at 0.05, and demos end nearer to SL-CAI: 0.4 to 1.0 nats an answer against
+        # Harm goes about as fast as at 0.05, and demos end nearer to SL-CAI: 0.4 to 1.0 nats an answer, not
         # 0.8 to 1.8, of which those above 1.3 had drifted to wrong reasons.
         beta=0.1,
     )
